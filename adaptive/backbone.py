@@ -1,0 +1,317 @@
+"""The one file, beside `kv.py`, that knows the insides of transformers.
+
+A decoder-only causal LM is seen as: embedding and masks (`start`), blocks that can be run one by one (`run`) or skipped
+(`fill`), a final norm (`norm`) and a vocabulary projection (`logits`). Nothing here is written for one architecture:
+the model's own forward prepares what its blocks need, and a probe at construction proves that the parts, put together
+again, give the model's own logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.anatomy import find_blocks, find_decoder, find_norm, linear_size, linear_weights
+from adaptive.kv import KV, Filled
+
+_SWAP = threading.Lock()
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block while the model prepares its inputs: keeps the call, hands the state on."""
+
+    def __init__(self, block: nn.Module, calls: list, as_tuple: bool):
+        super().__init__()
+        # Past nn.Module's own bookkeeping: the block must not become a child of its stand-in.
+        object.__setattr__(self, "_block", block)
+        self.calls, self.as_tuple = calls, as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block, name)
+
+    def forward(self, hidden: Tensor, *args, **kwargs):
+        self.calls.append((hidden, args, kwargs))
+        return (hidden, None) if self.as_tuple else hidden
+
+
+def map_rows(value: Any, batch: int, pick) -> Any:
+    """Returns `value` with `pick` applied to every tensor in it whose first dimension is the batch."""
+    if isinstance(value, Tensor):
+        return pick(value) if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_rows(item, batch, pick) for item in value)
+    if isinstance(value, dict):
+        return {key: map_rows(item, batch, pick) for key, item in value.items()}
+    return value
+
+
+def select_rows(calls: list, batch: int, rows: Tensor) -> list:
+    """Returns the recorded block calls of `batch` rows reduced to `rows` [kept]; equal tensors are picked once."""
+    seen: dict[int, Tensor] = {}
+
+    def pick(tensor: Tensor) -> Tensor:
+        if id(tensor) not in seen:
+            seen[id(tensor)] = tensor.index_select(0, rows)
+        return seen[id(tensor)]
+
+    return [map_rows(call, batch, pick) for call in calls]
+
+
+class Backbone:
+    """View of a Hugging Face causal LM (or a `PeftModel` around one) as blocks that can be run apart.
+
+    Args:
+        model: the causal LM; it is not changed.
+        blocks: dotted path of the `ModuleList` of decoder blocks, for models where it is not found by itself.
+
+    Raises:
+        ValueError: the blocks, the final norm or the LM head cannot be found, or the parts do not reproduce the model.
+    """
+
+    def __init__(self, model: nn.Module, blocks: str | None = None):
+        self.model = model
+        self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.inner.config.get_text_config()
+        self.parent, self.name = find_blocks(self.inner, self.config.num_hidden_layers, blocks)
+        self.decoder = find_decoder(self.inner, self.blocks)
+        self.head = self.inner.get_output_embeddings()
+        if self.head is None:
+            raise ValueError(
+                f"{type(self.inner).__name__} has no output embeddings; a causal LM is needed: load it "
+                "with AutoModelForCausalLM"
+            )
+        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.norm, self.fill_weights, self.kv_shapes = self._probe()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        return getattr(self.parent, self.name)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks L."""
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the state between blocks."""
+        return self.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the final norm lives; exits go there too."""
+        return next(self.norm.parameters()).device
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """Type of the final norm's weights, which quantization leaves alone; heads take it too."""
+        return next(self.norm.parameters()).dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM head."""
+        return self.head.weight.shape[0] if isinstance(self.head, nn.Linear) else self.config.vocab_size
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KV | None
+    ) -> tuple[Tensor, list]:
+        """Returns the state at depth 0 and, per block, the arguments that the model would call it with.
+
+        Args:
+            input_ids: [batch, tokens] to embed.
+            attention_mask: [batch, cached + tokens] with 0 on padding, or None where nothing is padded.
+            position_ids: [batch, tokens], or None to let the model count.
+            cache: where K/V live; its `column` says how many tokens came before.
+        """
+        calls: list = []
+        kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if position_ids is not None and self._takes_positions:
+            kwargs["position_ids"] = position_ids
+        with self._recording(calls):
+            self.decoder(**kwargs)
+        return calls[0][0], [call[1:] for call in calls]
+
+    def run(self, hidden: Tensor, calls: list, first: int, last: int, drop: Tensor | None = None) -> Tensor:
+        """Returns the state [batch, tokens, hidden] after blocks first..last-1.
+
+        Args:
+            hidden: state at depth `first`.
+            calls: block arguments from `start`.
+            drop: [blocks, batch] True where a row skips a block (layer dropout), or None.
+        """
+        blocks = self.blocks
+        for index in range(first, last):
+            args, kwargs = calls[index]
+            out = blocks[index](hidden, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            hidden = out if drop is None else torch.where(drop[index][:, None, None], hidden, out)
+        return hidden
+
+    def fill(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV) -> None:
+        """Writes the K/V of skipped blocks first..last-1 by projecting the exit state with each block's own norm and
+        W_K, W_V (CALM, Schuster et al. 2022, section 3.2: the state is carried, not the projected K/V).
+
+        Args:
+            hidden: state [batch, tokens, hidden] that the tokens left with.
+        """
+        blocks = self.blocks
+        cache.stop = True
+        try:
+            for index in range(first, last):
+                args, kwargs = calls[index]
+                try:
+                    blocks[index](hidden, *args, **kwargs)
+                except Filled:
+                    continue
+                raise AssertionError("a block did not write its K/V through the cache")
+        finally:
+            cache.stop = False
+
+    def logits(self, normed: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Returns logits [..., vocabulary], or [..., len(ids)] for these vocabulary entries only.
+
+        Args:
+            normed: state after a final norm, [..., hidden].
+            ids: vocabulary entries [entries], or None for all.
+        """
+        if ids is None:
+            out = self.head(normed)
+        else:
+            weight, bias = self.vocabulary(ids)
+            out = nn.functional.linear(normed, weight.to(normed.dtype), None if bias is None else bias.to(normed.dtype))
+        return self.cap(out)
+
+    def logit_of(self, normed: Tensor, ids: Tensor) -> Tensor:
+        """Returns one logit per position [N], float32: of entry `ids` [N] for normed states [N, hidden]."""
+        weight, bias = self.vocabulary(ids)
+        out = (normed.float() * weight.float()).sum(-1)
+        return self.cap(out if bias is None else out + bias.float())
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Returns logits after the model's soft cap, if it has one (Gemma 2, section 2)."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def vocabulary(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the LM head's rows [entries, hidden] and biases [entries] (or None) for vocabulary `ids`.
+
+        Raises:
+            ValueError: the head is not a plain linear layer (quantized, say).
+        """
+        head = getattr(self.head, "base_layer", self.head)
+        if type(head) is not nn.Linear:
+            raise ValueError(
+                f"the LM head is a {type(head).__name__}; sampled negatives and shortlists need a plain "
+                "linear head: leave it out of quantization, or set loss.negatives and shortlist to null"
+            )
+        return head.weight[ids], None if head.bias is None else head.bias[ids]
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest context in tokens, or None where the config names none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def window(self, index: int) -> int | None:
+        """Attention window of a block in tokens, or None for full attention."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and "sliding" not in kinds[index]:
+            return None
+        return getattr(self.config, "sliding_window", None)
+
+    def block_shape(self, index: int) -> dict:
+        """Returns what one token costs in a block, as plain numbers for `costs.py`.
+
+        They are `weights` multiplied (active experts only), `fill` weights multiplied to fill K/V alone, `attention`
+        multiply-adds per token of context, `kv` numbers stored per token, and the `window`.
+        """
+        key_heads, key_dim, value_dim = self.kv_shapes
+        experts = getattr(self.config, "num_experts", None) or getattr(self.config, "num_local_experts", None)
+        share = getattr(self.config, "num_experts_per_tok", 0) / experts if experts else 1.0
+        return {
+            "weights": linear_weights(self.blocks[index], share),
+            "fill": self.fill_weights[index],
+            "attention": self.config.num_attention_heads * (key_dim + value_dim),
+            "kv": key_heads * (key_dim + value_dim),
+            "window": self.window(index),
+        }
+
+    @contextmanager
+    def _recording(self, calls: list):
+        # The list of blocks is swapped, not the blocks' forward: hooks of FSDP or accelerate stay on the real blocks.
+        blocks = self.blocks
+        stand_ins = nn.ModuleList(_Recorder(block, calls, self._as_tuple) for block in blocks)
+        with _SWAP:
+            self.parent._modules[self.name] = stand_ins
+            try:
+                yield
+            finally:
+                self.parent._modules[self.name] = blocks
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[nn.Module, list[int], tuple[int, int, int]]:
+        """Returns the final norm, the weights multiplied to fill each block's K/V, and the shape of a cached token, and
+        checks on four tokens that the parts give the model's own logits."""
+        self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        was_training = self.inner.training
+        self.inner.eval()
+        try:
+            device = self.inner.get_input_embeddings().weight.device
+            ids = torch.arange(4, device=device)[None] % self.config.vocab_size
+            norm = find_norm(self.decoder, self.blocks, ids)
+            expected = self.model(input_ids=ids, use_cache=False).logits
+            cache = KV(self.num_layers, 8, 1)
+            hidden, calls = self._first_start(ids, cache)
+            weights = self._probe_fill(hidden, calls, cache)
+            final = self.run(hidden, calls, 0, self.num_layers)
+            got = self.logits(norm(final))
+            if not torch.allclose(
+                got.float(), expected.float(), rtol=1e-2, atol=2e-2 * float(expected.float().abs().max())
+            ):
+                raise ValueError(
+                    f"{type(self.inner).__name__}: running its blocks one by one and then its final norm "
+                    f"{type(norm).__name__} and LM head does not give its own logits (largest difference "
+                    f"{float((got - expected).abs().max()):.3g}); this architecture does something between its blocks "
+                    "that is not supported"
+                )
+            return norm, weights, (cache.keys[0].shape[1], cache.keys[0].shape[3], cache.values[0].shape[3])
+        finally:
+            self.inner.train(was_training)
+
+    def _first_start(self, ids: Tensor, cache: KV) -> tuple[Tensor, list]:
+        # Blocks of a few older families (Bloom, Falcon) return tuples; which kind this is shows at the first try.
+        for self._as_tuple in (False, True):
+            try:
+                return self.start(ids, None, None, cache)
+            except (IndexError, TypeError, AttributeError, ValueError) as error:
+                reason = error
+        raise ValueError(
+            f"{type(self.inner).__name__}: its blocks are not called as state -> state "
+            f"({type(reason).__name__}: {reason}); this architecture is not supported"
+        )
+
+    def _probe_fill(self, hidden: Tensor, calls: list, cache: KV) -> list[int]:
+        weights = []
+        for index, block in enumerate(self.blocks):
+            used: list[int] = []
+            handles = [
+                module.register_forward_hook(lambda m, *_, used=used: used.append(linear_size(m)))
+                for module in block.modules()
+                if linear_size(module) and not hasattr(module, "base_layer")
+            ]
+            try:
+                self.fill(hidden, calls, index, index + 1, cache)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            weights.append(sum(used))
+        return weights

@@ -1,0 +1,62 @@
+"""The model card: what the exits are, what was certified, and how to use them."""
+
+from __future__ import annotations
+
+from adaptive import __version__
+
+_TEMPLATE = """---
+library_name: adaptive
+pipeline_tag: text-generation
+tags: [early-exit]
+{base}---
+
+# Early exits for {name}
+
+Exits at depths {depths} of {layers} blocks ({heads}), trained in mode `{mode}` with adaptive-exits {version}.
+
+```python
+from adaptive import EarlyExitModel
+model = EarlyExitModel.from_pretrained("{{this folder or repository}}")
+out = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=64, return_dict_in_generate=True)
+print(out.trace.mean_depth)
+```
+
+## What is guaranteed
+
+{guarantee}
+
+Full depth is always there: `model.generate(..., policy=[float("inf")] * {count})`.
+"""
+
+
+def model_card(model, source: str | None) -> str:
+    """Returns the card of an `EarlyExitModel` as Markdown.
+
+    Args:
+        model: the model.
+        source: where its backbone is loaded from; None if it lies beside the exits.
+    """
+    name = source or "the model in this folder"
+    base = f"base_model: {source}\n" if source and not source.startswith((".", "/")) else ""
+    return _TEMPLATE.format(
+        base=base,
+        name=name,
+        depths=list(model.depths),
+        layers=model.view.num_layers,
+        mode=model.mode,
+        version=__version__,
+        heads=", ".join(model.exits.kinds),
+        count=model.num_exits,
+        guarantee=_guarantee(model.certificate),
+    )
+
+
+def _guarantee(certificate) -> str:
+    if certificate is None:
+        return "Nothing yet: the exits are not calibrated, and the model runs at full depth until they are."
+    return (
+        f"With probability at least {1 - certificate.delta:.0%}, the expected harm per generated token is at most "
+        f"{certificate.certified:.4f} (asked for: {certificate.epsilon}; harm: {certificate.harm}, bound: "
+        f"{certificate.bound}, {certificate.n} prompts, mean harm on them {certificate.mean:.4f}). "
+        "It holds for prompts like those it was certified on, greedy decoding, and exactly these weights."
+    )

@@ -1,0 +1,261 @@
+"""Calibration on a model: survey once at full depth, choose thresholds from the survey, certify them in free
+generation.
+
+The prompts that choose and the prompts that certify are disjoint. Harm is judged per generated token by the full
+model on the same prefix, and averaged per prompt: prompts are what is exchangeable, tokens of one answer are not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adaptive import calibration, ranking
+from adaptive.calibration import Certificate
+from adaptive.data import digest
+from adaptive.outcomes import Outcome, answer, observe
+from adaptive.policy import ExitPolicy
+from adaptive.prompts import Prompt, encode
+from adaptive.storage import model_digest
+
+logger = logging.getLogger(__name__)
+HARMS = ("regret", "disagreement", "sequence")
+CAUTION = 0.9  # aim for a bound this far below the risk: free generation drifts from the survey
+RETREAT = 0.5  # the second attempt aims for this share of the first one's harm
+
+
+@dataclass
+class Survey:
+    """One full-depth pass over the selection prompts, with every gate and head asked at every token.
+
+    Attributes:
+        scores, regret: [tokens, exits].
+        costs: [tokens, exits + 1], FLOPs of a token leaving there.
+        full_cost: mean FLOPs of a token in the plain backbone.
+        rows: [tokens], the prompt of each token.
+    """
+
+    scores: np.ndarray
+    regret: np.ndarray
+    costs: np.ndarray
+    full_cost: float
+    rows: np.ndarray
+
+    def harms(self, harm: str | Callable, tolerance: float) -> np.ndarray:
+        """Returns [tokens, exits] harm in {0, 1} of leaving there; disagreement stands in for harms of whole
+        answers."""
+        return (self.regret > (tolerance if harm == "regret" else 0.0)).astype(np.float64)
+
+
+def survey(model, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 32) -> Survey:
+    """Returns the survey of these prompts: exactly one full-model pass for each."""
+    full = ExitPolicy.full(model.num_exits)
+    _, trace = answer(model, prompts, full, max_new_tokens, batch_size, probe=True, note="surveying")
+    valid, costs = trace.valid, model.costs
+    # A first token comes out of the prefill, so depth saves nothing there; it is left out of the choice.
+    valid[:, 0] = False
+    contexts = trace.context[valid]
+    shut = [False] * model.num_exits
+    table = {context: (costs.by_exit(context), costs.by_exit(context, shut)[-1]) for context in np.unique(contexts)}
+    by_exit = np.stack([table[context][0] for context in contexts])
+    plain = float(np.mean([table[context][1] for context in contexts]))
+    return Survey(trace.scores[valid], trace.regret[valid], by_exit, plain, np.nonzero(valid)[0])
+
+
+def loss_per_prompt(harm: str | Callable, tolerance: float, outcome: Outcome, reference: list | None) -> np.ndarray:
+    """Returns one number in [0, 1] per prompt: the mean harm of its tokens, or the harm of its whole answer."""
+    if harm in ("regret", "disagreement"):
+        limit = tolerance if harm == "regret" else 0.0
+        harmed = np.where(np.isnan(outcome.regret), np.nan, outcome.regret > limit)
+        return np.nanmean(harmed, axis=1)
+    judged = (lambda ours, full: 1 - calibration.rouge_l(ours, full)) if harm == "sequence" else harm
+    found = np.array([float(judged(ours, full)) for ours, full in zip(outcome.answers, reference, strict=True)])
+    if not ((found >= 0) & (found <= 1)).all():
+        raise ValueError(f"`harm` gave {found.min():.3g} to {found.max():.3g}; it must stay in [0, 1]")
+    return found
+
+
+def choose(found: Survey, request: Request, n: int, delta: float, aim: float | None) -> tuple[tuple[float, ...], dict]:
+    """Returns thresholds, and what the survey promises of them.
+
+    For a risk: the cheapest thresholds whose harms, resampled to the size of the certification, would be certified at
+    `aim` with `CAUTION` to spare; found by bisection over the mean harm allowed. For a budget: the least harmful
+    within.
+
+    Args:
+        found: the survey.
+        request: what was asked for.
+        n: prompts that will certify.
+        delta: of the attempt.
+        aim: the risk to aim for, None for a budget.
+    """
+    arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
+
+    def passes(thresholds: np.ndarray) -> bool:
+        harms = ranking.predicted(thresholds, *arrays, found.rows)[0]
+        draws = np.random.default_rng(request.seed).choice(harms, (8, n))
+        return np.mean([calibration.BOUNDS[request.bound](draw, delta) for draw in draws]) <= CAUTION * aim
+
+    if aim is None:
+        thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)
+    else:
+        low, high, thresholds = 0.0, aim, np.full(found.scores.shape[1], np.inf)
+        for _ in range(10):
+            middle = (low + high) / 2
+            tried = ranking.rank_thresholds(*arrays, found.full_cost, middle, found.rows)
+            if passes(tried):
+                low, thresholds = middle, tried
+            else:
+                high = middle
+    harms, cost = ranking.predicted(thresholds, *arrays, found.rows)
+    promise = {"harm": float(harms.mean()), "relative_flops": cost / found.full_cost, "prompts": len(harms)}
+    return tuple(float(t) for t in thresholds), promise
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `calibrate` was asked for; see there."""
+
+    risk: float | None
+    delta: float
+    budget: float | None
+    harm: str | Callable
+    tolerance: float
+    bound: str
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        problems = []
+        if isinstance(self.harm, str) and self.harm not in HARMS:
+            problems.append(f"`harm`={self.harm!r} is not one of {', '.join(HARMS)}, nor a callable")
+        if self.bound not in calibration.BOUNDS:
+            problems.append(f"`bound`={self.bound!r} is not one of {', '.join(calibration.BOUNDS)}")
+        if self.budget is None and (self.risk is None or not 0 < self.risk < 1):
+            problems.append(f"`risk`={self.risk!r} is not between 0 and 1")
+        if self.budget is not None and self.budget <= 0:
+            problems.append(f"`budget`={self.budget!r} is not a share of the full depth's FLOPs, such as 0.8")
+        if not 0 < self.delta < 1:
+            problems.append(f"`delta`={self.delta!r} is not between 0 and 1")
+        if problems:
+            raise ValueError("calibrate: " + "; ".join(problems))
+
+
+def calibrate(
+    model,
+    prompts: Sequence[Prompt],
+    risk: float | None = 0.02,
+    delta: float = 0.05,
+    *,
+    selection: Survey | Sequence[Prompt] | None = None,
+    tokenizer=None,
+    **settings,
+) -> Certificate:
+    """Returns a certificate, and gives its thresholds to the model as its policy.
+
+    With probability at least 1 - delta over the draw of the certification prompts, the expected harm of a prompt like
+    them is at most `certificate.certified`; that is at most `risk` if a risk was asked for.
+
+    Args:
+        model: the `EarlyExitModel`.
+        prompts: what the model will be asked: strings, chat messages or token ids. Without `selection`, a quarter of
+            them choose thresholds and the others certify; a prompt never does both.
+        risk: largest expected harm per token (epsilon). Ignored when `budget` is given.
+        delta: probability with which the certificate may be wrong.
+        selection: prompts to choose thresholds on, or a `Survey` of them; all `prompts` then certify.
+        tokenizer: of the backbone; loaded from its folder if None.
+        **settings:
+            budget: FLOPs per token relative to full depth; the thresholds of least harm within it are certified.
+            harm: "regret" (default: the full model gives the chosen token at least `tolerance` nats less than its
+                best), "disagreement" (another token than its best), "sequence" (1 - ROUGE-L against its own answer),
+                or a callable of (answer ids, the full model's answer ids) with values in [0, 1].
+            tolerance: of regret, 0.25 nats.
+            bound: "wsr" (default), "hb" or "crc" (which controls the mean only); see `calibration`.
+            max_new_tokens: length, 64, up to which answers are generated and vouched for.
+            batch_size: rows generated at once, 32.
+            seed: of the split and of the bound's order, 0.
+
+    Raises:
+        ValueError: too few prompts (with the number needed), a setting that is not allowed, a risk that no policy met.
+    """
+    defaults = {"budget": None, "harm": "regret", "tolerance": 0.25, "bound": "wsr", "max_new_tokens": 64,
+                "batch_size": 32, "seed": 0}  # fmt: skip
+    if unknown := settings.keys() - defaults.keys():
+        raise ValueError(f"calibrate: {sorted(unknown)} are no settings; there are {sorted(defaults)}")
+    request = Request(risk=risk, delta=delta, **defaults | settings)
+    tokenizer = tokenizer or load_tokenizer(model)
+    encoded = encode(prompts, tokenizer)
+    order = np.random.default_rng(request.seed).permutation(len(encoded))
+    cut = 0 if selection is not None else len(encoded) // 4
+    certifying = [encoded[i] for i in order[cut:]]
+    if request.budget is None:
+        calibration.require_enough(len(certifying), risk, calibration.spend(delta, 2)[0], request.bound)
+    if not isinstance(selection, Survey):
+        chosen = [encoded[i] for i in order[:cut]] if selection is None else encode(selection, tokenizer)
+        selection = survey(model, chosen, request.max_new_tokens, request.batch_size)
+    certificate = _attempt(model, selection, certifying, request)
+    model.certify(certificate)
+    return certificate
+
+
+def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -> Certificate:
+    """Returns the certificate of the first choice that passes; the second one is more careful than the first."""
+    reference = None
+    if request.harm not in ("regret", "disagreement"):
+        full = ExitPolicy.full(model.num_exits)
+        reference = answer(model, prompts, full, request.max_new_tokens, request.batch_size)[0]
+    by_risk = request.budget is None
+    deltas = calibration.spend(request.delta, 2) if by_risk else [request.delta]
+    aims = [request.risk, request.risk * RETREAT] if by_risk else [None]
+    for delta, aim in zip(deltas, aims, strict=True):
+        thresholds, promise = choose(found, request, len(prompts), delta, aim)
+        outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
+        harms = loss_per_prompt(request.harm, request.tolerance, outcome, reference)
+        generator = np.random.default_rng(request.seed)
+        epsilon = request.risk if by_risk else 1.0
+        passed, upper = calibration.certify(harms, epsilon, delta, request.bound, generator=generator)
+        if passed:
+            return _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
+        logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", thresholds, upper, harms.mean())
+    raise ValueError(
+        f"no policy was certified at `risk`={request.risk}, `delta`={request.delta}: the last bound was {upper:.4f} on "
+        f"{len(harms)} prompts (mean harm {harms.mean():.4f}); raise the risk, give more prompts, or train longer"
+    )
+
+
+def _certificate(model, request: Request, prompts, outcome: Outcome, harms, thresholds, upper, promise) -> Certificate:
+    full = (outcome.trace.taken == model.num_exits)[:, : outcome.regret.shape[1]]
+    return Certificate(
+        kind="budget" if request.budget is not None else "risk",
+        epsilon=None if request.budget is not None else request.risk,
+        delta=request.delta,
+        n=len(harms),
+        bound=request.bound,
+        certified=float(upper),
+        mean=float(harms.mean()),
+        harm=request.harm if isinstance(request.harm, str) else getattr(request.harm, "__name__", "callable"),
+        tolerance=request.tolerance if request.harm == "regret" else None,
+        # The full depth while decoding against the same depth in one pass: the same weights, other arithmetic.
+        floor=float((outcome.regret[full] > 0).mean()) if full.any() else None,
+        thresholds=list(thresholds),
+        saved=1 - model.costs.price(outcome.trace).relative_flops,
+        predicted=promise,
+        seed=request.seed,
+        data_digest=digest(repr(prompts).encode()),
+        model_digest=model_digest(model),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+    )
+
+
+def load_tokenizer(model):
+    """Returns the tokenizer that lies with the model's backbone."""
+    from transformers import AutoTokenizer
+
+    from adaptive.pretrained import resolve
+
+    return AutoTokenizer.from_pretrained(resolve(str(model.view.inner.name_or_path)))

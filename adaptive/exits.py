@@ -1,0 +1,251 @@
+"""Exits: a head that turns the state at some depth into logits, and a gate that says whether to trust it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from adaptive.anatomy import linear_weights
+from adaptive.backbone import Backbone
+from adaptive.config import ExitConfig
+from adaptive.losses import prior_shift
+
+BASELINES = ("max_prob", "margin", "entropy", "similarity")
+
+
+class GatedMLP(nn.Module):
+    """Residual gated MLP: x + down(act(gate(norm(x))) * up(norm(x))) (Shazeer 2020, "GLU variants", eq. 6).
+
+    Copies the MLP of a backbone block where that has the same form; starts as the identity where it has not.
+    """
+
+    def __init__(self, backbone: Backbone, source: nn.Module):
+        super().__init__()
+        hidden = backbone.hidden_size
+        mlp, norm = getattr(source, "mlp", None), getattr(source, "post_attention_layernorm", None)
+        parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        activation = getattr(backbone.config, "hidden_act", None) or getattr(
+            backbone.config, "hidden_activation", "silu"
+        )
+        self.act = ACT2FN[activation if isinstance(activation, str) else "silu"]
+        if (
+            norm is not None
+            and not hasattr(source, "pre_feedforward_layernorm")
+            and all(type(p) is nn.Linear for p in parts)
+        ):
+            self.norm = copy.deepcopy(norm)
+            self.gate, self.up, self.down = (copy.deepcopy(part) for part in parts)
+        else:
+            self.norm = copy.deepcopy(backbone.norm)
+            self.gate, self.up = nn.Linear(hidden, 2 * hidden, bias=False), nn.Linear(hidden, 2 * hidden, bias=False)
+            self.down = nn.Linear(2 * hidden, hidden, bias=False)
+            nn.init.zeros_(self.down.weight)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Returns the state [..., hidden] after the residual MLP."""
+        normed = self.norm(state)
+        return state + self.down(self.act(self.gate(normed)) * self.up(normed))
+
+
+class Head(nn.Module):
+    """State at some depth -> normed state that the LM head (or a shortlist of its rows) can read.
+
+    Args:
+        backbone: source of the norm, of copied MLPs and of copied blocks.
+        kind: "norm", "linear" (low-rank residual adapter), "mlp" (residual gated MLPs) or "block" (decoder blocks).
+        rank: of the "linear" adapter.
+        layers: number of MLPs or blocks, copied from the backbone's last ones.
+    """
+
+    def __init__(self, backbone: Backbone, kind: str, rank: int, layers: int):
+        super().__init__()
+        self.kind = kind
+        self.sources = range(backbone.num_layers - layers, backbone.num_layers)
+        if kind == "linear":
+            self.down = nn.Linear(backbone.hidden_size, rank, bias=False)
+            self.up = nn.Linear(rank, backbone.hidden_size, bias=False)
+            nn.init.zeros_(self.up.weight)
+        elif kind == "mlp":
+            self.mlps = nn.ModuleList(GatedMLP(backbone, backbone.blocks[i]) for i in self.sources)
+        elif kind == "block":
+            self.blocks = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.sources)
+        self.norm = copy.deepcopy(backbone.norm)
+
+    def forward(self, state: Tensor, calls: list | None = None) -> Tensor:
+        """Returns the normed state [batch, tokens, hidden].
+
+        Args:
+            state: [batch, tokens, hidden] at the exit's depth.
+            calls: arguments of the copied blocks (kind "block" only), from `Backbone.start`.
+        """
+        if self.kind == "linear":
+            state = state + self.up(self.down(state))
+        elif self.kind == "mlp":
+            for mlp in self.mlps:
+                state = mlp(state)
+        elif self.kind == "block":
+            for block, source in zip(self.blocks, self.sources, strict=True):
+                args, kwargs = calls[source]
+                out = block(state, *args, **kwargs)
+                state = out[0] if isinstance(out, tuple) else out
+        return self.norm(state)
+
+
+class Gate(nn.Module):
+    """State -> estimated probability that leaving here does no harm.
+
+    The logit is trained with classes balanced; `prior`, the running frequency of "no harm", makes the score a
+    probability again (`losses.prior_shift`).
+
+    Args:
+        kind: "linear" or "mlp" on the normed state, or a training-free baseline: "max_prob", "margin", "entropy" of the
+            head's distribution, "similarity" of the state to the one at the exit before.
+    """
+
+    def __init__(self, backbone: Backbone, kind: str):
+        super().__init__()
+        self.kind = kind
+        if kind in BASELINES:
+            return
+        self.norm = copy.deepcopy(backbone.norm).float()
+        hidden = backbone.hidden_size
+        self.read = (
+            nn.Linear(hidden, 1)
+            if kind == "linear"
+            else nn.Sequential(nn.Linear(hidden, 64), nn.GELU(), nn.Linear(64, 1))
+        )
+        self.register_buffer("prior", torch.tensor(0.5))
+
+    @property
+    def learned(self) -> bool:
+        """Whether the gate has parameters."""
+        return self.kind not in BASELINES
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the head must be evaluated before the gate can be asked."""
+        return self.kind in ("max_prob", "margin", "entropy")
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Returns the class-balanced logit [...] of a learned gate for states [..., hidden]."""
+        return self.read(self.norm(state.float())).squeeze(-1)
+
+    def score(self, state: Tensor, logits: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+        """Returns scores [...] in [0, 1].
+
+        Args:
+            state: [..., hidden] at the exit's depth.
+            logits: [..., entries] of the exit's head, for baselines that read them.
+            before: [..., hidden] at the exit before (the embedding for the first), for "similarity".
+        """
+        if self.learned:
+            return torch.sigmoid(self(state) + prior_shift(self.prior))
+        if self.kind == "similarity":
+            return (1 + nn.functional.cosine_similarity(state.float(), before.float(), dim=-1)) / 2
+        probs = logits.float().softmax(-1)
+        if self.kind == "entropy":
+            return 1 + (probs * probs.clamp_min(1e-30).log()).sum(-1) / math.log(probs.shape[-1])
+        best = probs.topk(2).values
+        return best[..., 0] if self.kind == "max_prob" else best[..., 0] - best[..., 1]
+
+
+class Exits(nn.Module):
+    """All exits of a model: heads, gates and shortlists. One module, so that PEFT, FSDP and checkpoints see one.
+
+    Args:
+        backbone: the model they sit in.
+        config: depths, head kinds, gate kind, shortlists.
+    """
+
+    def __init__(self, backbone: Backbone, config: ExitConfig):
+        super().__init__()
+        kinds = config.per_exit("head")
+        self.config, self.kinds = config, kinds
+        self.heads = nn.ModuleList(Head(backbone, kind, config.rank, config.layers) for kind in kinds)
+        dtype = backbone.norm_dtype
+        self.heads.to(dtype)
+        self.gates = nn.ModuleList(Gate(backbone, config.gate) for _ in kinds)
+        for index, size in enumerate(config.per_exit("shortlist")):
+            ids = None if size is None else torch.arange(size, device=backbone.device)
+            self.register_buffer(f"shortlist_{index}", ids)
+        self.to(backbone.device)
+        for head in self.heads:
+            head.requires_grad_(True)
+            if head.kind == "block" and config.head_kv == "shared":
+                for name, parameter in head.blocks.named_parameters():
+                    if "k_proj" in name or "v_proj" in name or "k_norm" in name:
+                        parameter.requires_grad_(False)
+        self._rows: dict = {}
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether any block head reads the backbone's K/V."""
+        return "block" in self.kinds and self.config.head_kv == "shared"
+
+    def shortlist(self, exit: int) -> Tensor | None:
+        """Vocabulary ids [entries] that an exit can say, ascending; None for the whole vocabulary."""
+        return getattr(self, f"shortlist_{exit}")
+
+    def choose_shortlists(self, counts: Tensor) -> None:
+        """Sets every shortlist to the most frequent entries of `counts` [vocabulary]; ties go to the lower id."""
+        order = torch.argsort(counts, descending=True, stable=True)
+        for index in range(len(self)):
+            ids = self.shortlist(index)
+            if ids is not None:
+                setattr(self, f"shortlist_{index}", order[: len(ids)].sort().values.to(ids.device))
+
+    def logits(self, backbone: Backbone, exit: int, normed: Tensor) -> Tensor:
+        """Returns an exit's logits [..., entries] in the order of its shortlist, or of the vocabulary."""
+        ids = self.shortlist(exit)
+        if ids is None:
+            return backbone.logits(normed)
+        if torch.is_grad_enabled():
+            return backbone.logits(normed, ids)
+        weight, bias = self._shortlist_rows(backbone, exit, ids)
+        return backbone.cap(nn.functional.linear(normed, weight, bias))
+
+    def said(self, backbone: Backbone, exit: int, normed: Tensor, chunk: int) -> Tensor:
+        """Returns the vocabulary entry [N] that an exit would say from its normed states [N, hidden]; works out the
+        logits of `chunk` positions at a time."""
+        best = torch.cat([self.logits(backbone, exit, piece).argmax(-1) for piece in normed.split(chunk)])
+        ids = self.shortlist(exit)
+        return best if ids is None else ids[best]
+
+    def _shortlist_rows(self, backbone: Backbone, exit: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        # Gathering thousands of rows per token would cost more than the shortlist saves.
+        source = backbone.head.weight
+        key = (source.data_ptr(), source._version, ids.data_ptr(), ids._version)
+        if self._rows.get(exit, (None,))[0] != key:
+            weight, bias = backbone.vocabulary(ids)
+            self._rows[exit] = (key, weight.detach(), None if bias is None else bias.detach())
+        return self._rows[exit][1:]
+
+    def shapes(self, backbone: Backbone, depths: Sequence[int]) -> list[dict]:
+        """Returns what each exit costs, as plain numbers for `costs.py`: `depth`, `head` weights multiplied before the
+        vocabulary, `vocab` weights of its vocabulary rows, `gate` weights, `blocks` of a block head, `own_kv`,
+        `reads_logits`."""
+        out = []
+        for index, (head, gate) in enumerate(zip(self.heads, self.gates, strict=True)):
+            ids = self.shortlist(index)
+            entries = backbone.vocab_size if ids is None else len(ids)
+            blocks = [backbone.block_shape(source) for source in head.sources] if head.kind == "block" else []
+            out.append(
+                {
+                    "depth": depths[index],
+                    "head": 0 if blocks else linear_weights(head),
+                    "vocab": entries * backbone.hidden_size,
+                    "gate": linear_weights(gate),
+                    "blocks": blocks,
+                    "own_kv": bool(blocks) and self.config.head_kv == "own",
+                    "reads_logits": gate.reads_logits,
+                }
+            )
+        return out

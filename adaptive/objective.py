@@ -1,0 +1,235 @@
+"""The joint loss: every exit against the full model, every gate against its exit, the full depth against itself.
+
+One pass over the backbone gives the states at all exits and at full depth. Exits never see the whole vocabulary at
+once:
+they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time. Gates read
+detached states, and their target follows the exit as it is now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptive import losses
+from adaptive.backbone import Backbone
+from adaptive.exits import Exits
+from adaptive.kv import SharedKV, TrainingKV, replace_cache
+
+CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
+GATE_SHARE = 8  # while exits still move, gates train on one position in this many
+PRIOR_PACE = 0.05  # of the running frequency of "no harm"
+
+
+@dataclass
+class Targets:
+    """What the full model says at the N labelled positions of a batch.
+
+    Attributes:
+        keep: [batch, tokens - 1] bool, which positions are labelled.
+        normed: [N, hidden], the full model's normed state.
+        top: [N, k], its best vocabulary entries.
+        best: [N], its largest logit.
+        labels: [N], the wanted entries.
+    """
+
+    keep: Tensor
+    normed: Tensor
+    top: Tensor
+    best: Tensor
+    labels: Tensor
+
+    def pick(self, states: Tensor) -> Tensor:
+        """Returns the labelled positions [N, hidden] of states [batch, tokens, hidden]."""
+        return states[:, :-1][self.keep]
+
+
+def full_states(
+    view: Backbone,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    depths: tuple[int, ...],
+    cache: TrainingKV | None = None,
+    drop: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor, list]:
+    """Returns the states [batch, tokens, hidden] at `depths`, the normed state at full depth, and the block calls."""
+    positions = None
+    if attention_mask is not None:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    hidden, calls = view.start(input_ids, attention_mask, positions, cache)
+    states, depth = [], 0
+    for exit_depth in depths:
+        hidden, depth = view.run(hidden, calls, depth, exit_depth, drop), exit_depth
+        states.append(hidden)
+    return states, view.norm(view.run(hidden, calls, depth, view.num_layers, drop)), calls
+
+
+def exit_features(
+    view: Backbone, exits: Exits, index: int, depth: int, state: Tensor, calls: list, cache: TrainingKV | None
+) -> Tensor:
+    """Returns an exit's normed state [batch, tokens, hidden] in a teacher-forced pass."""
+    head = exits.heads[index]
+    if head.kind != "block":
+        return head(state)
+    shared = None if exits.config.head_kv == "own" else SharedKV(cache, view.num_layers - depth)
+    return head(state, [replace_cache(call, cache, shared) for call in calls] if cache is not None else calls)
+
+
+def joint_loss(
+    model, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, num_items: Tensor | int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss (0-dim, nats per labelled position) and detached metrics per exit.
+
+    Args:
+        model: the `EarlyExitModel`; its mode says who learns, its `step` and `seed` what is drawn at random.
+        input_ids, attention_mask, labels: [batch, tokens]; labels as in transformers, -100 where nothing is wanted.
+        num_items: labelled positions of the whole optimizer step, over which the sum is taken; None for this
+        batch's own.
+    """
+    view, exits, config = model.view, model.exits, model.loss_config
+    generator = torch.Generator(input_ids.device).manual_seed((model.seed * 1_000_003 + model.step) % 2**63)
+    cache = TrainingKV(view.num_layers) if exits.shares_kv else None
+    frozen = model.mode == "frozen"
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        drop = (
+            _dropped(view.num_layers, len(input_ids), config.layer_dropout, generator, input_ids.device)
+            if model.training and not frozen
+            else None
+        )
+        states, final, calls = full_states(view, input_ids, attention_mask, model.depths, cache, drop)
+    teacher = final if frozen else model.teacher_states(input_ids, attention_mask)
+    targets = _targets(model.teacher_view, teacher, labels, config.top_k)
+    count = max(int(targets.keep.sum()), 1)
+    total = count if num_items is None else num_items
+    ids, log_weight = losses.candidates(
+        targets.top, view.vocab_size, config.negatives, generator, targets.labels if config.cross_entropy else None
+    )
+    compare = _Comparison(view, model.teacher_view, targets, config, ids, log_weight)
+    weights = _weights(model, config)
+    metrics, loss = {}, final.new_zeros((), dtype=torch.float32)
+    picked = _gate_positions(count, model, generator, input_ids.device)
+    stay = torch.ones(len(picked), device=input_ids.device)
+    expected = torch.zeros(len(picked), device=input_ids.device)
+    for index, depth in enumerate(model.depths):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not model.gates_only):
+            normed = targets.pick(exit_features(view, exits, index, depth, states[index], calls, cache))
+            if weights[index] and not model.gates_only:
+                exit_loss = compare(normed).sum()
+                loss = loss + weights[index] * exit_loss / total
+                metrics[f"exit_{depth}/loss"] = exit_loss.detach() / count
+        gate_loss, scores = _gate_loss(
+            model,
+            index,
+            targets,
+            targets.pick(states[index])[picked].detach(),
+            normed[picked].detach(),
+            picked,
+            metrics,
+        )
+        loss = loss + gate_loss * (count / max(len(picked), 1)) / total
+        expected, stay = expected + stay * scores * depth, stay * (1 - scores)
+    metrics["expected_depth"] = (expected + stay * view.num_layers).mean()
+    if not frozen and not model.gates_only:
+        own = compare(targets.pick(final)).sum()
+        metrics["final/kl"] = own.detach() / count
+        loss = loss + config.final * own / total
+    return loss, metrics
+
+
+class _Comparison:
+    """Divergence (and cross-entropy) of an exit from the full model at every labelled position."""
+
+    def __init__(
+        self, view: Backbone, teacher_view: Backbone, targets: Targets, config, ids: Tensor, log_weight: Tensor
+    ):
+        self.view, self.teacher_view, self.targets, self.config = view, teacher_view, targets, config
+        self.ids, self.log_weight = ids, log_weight
+        self.exact = len(ids) == view.vocab_size
+        if not self.exact:
+            with torch.no_grad():
+                self.teacher = teacher_view.logits(targets.normed, ids)
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        """Returns the loss per position [N] of an exit's normed states [N, hidden]."""
+        if self.exact:
+            return losses.in_chunks(self._whole, normed, self.targets.normed, self.targets.labels, chunk=CHUNK)
+        return self._loss(self.view.logits(normed, self.ids), self.teacher, self.targets.labels, self.ids)
+
+    def _whole(self, normed: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teacher_view.logits(teacher)
+        return self._loss(self.view.logits(normed), wanted, labels, None)
+
+    def _loss(self, student: Tensor, teacher: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        weight = None if ids is None else self.log_weight
+        out = losses.divergence(teacher, student, self.config.divergence, weight)
+        if self.config.cross_entropy:
+            columns = labels if ids is None else torch.searchsorted(ids, labels)
+            out = out + self.config.cross_entropy * losses.cross_entropy(student, columns, weight)
+        return out
+
+
+@torch.no_grad()
+def _targets(view: Backbone, normed: Tensor, labels: Tensor, top_k: int) -> Targets:
+    keep = labels[:, 1:] != -100
+    picked = normed[:, :-1][keep]
+    tops = [view.logits(chunk).topk(min(top_k, view.vocab_size)) for chunk in picked.split(CHUNK)]
+    if not tops:
+        tops = [picked.new_zeros(0, min(top_k, view.vocab_size)).topk(min(top_k, view.vocab_size))]
+    return Targets(
+        keep,
+        picked,
+        torch.cat([t.indices for t in tops]),
+        torch.cat([t.values[:, 0] for t in tops]).float(),
+        labels[:, 1:][keep],
+    )
+
+
+def _weights(model, config) -> list[float]:
+    weights = config.weights or [1.0] * len(model.depths)
+    mean = sum(weights) / len(weights)
+    on = [True] * len(weights)
+    if config.curriculum == "rotational" and model.training:
+        on = losses.rotational(model.step, len(weights))
+    return [weight / mean / len(weights) * is_on for weight, is_on in zip(weights, on, strict=True)]
+
+
+def _dropped(layers: int, batch: int, p_max: float, generator: torch.Generator, device) -> Tensor | None:
+    if not p_max:
+        return None
+    rates = torch.tensor(losses.layer_dropout_rates(layers, p_max), device=device)
+    return torch.rand(layers, batch, generator=generator, device=device) < rates[:, None]
+
+
+def _gate_positions(count: int, model, generator: torch.Generator, device) -> Tensor:
+    """Returns the positions [n] that gates learn from: all of them once exits stand still, a sample before."""
+    if not model.training or model.gates_only:
+        return torch.arange(count, device=device)
+    return torch.randperm(count, generator=generator, device=device)[: max(count // GATE_SHARE, 1)]
+
+
+def _gate_loss(
+    model, index: int, targets: Targets, state: Tensor, normed: Tensor, picked: Tensor, metrics: dict
+) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss of one gate and its scores [n]; writes the exit's agreement and the gate's metrics."""
+    gate, depth = model.exits.gates[index], model.depths[index]
+    if not len(state):
+        return state.sum() * 0.0, state.new_zeros(len(picked))
+    with torch.no_grad():
+        said = model.exits.said(model.view, index, normed, CHUNK)
+        lost = targets.best[picked] - model.teacher_view.logit_of(targets.normed[picked], said)
+        no_harm = ~losses.harm(lost, model.loss_config.tolerance)
+        metrics[f"exit_{depth}/agreement"] = (said == targets.top[picked, 0]).float().mean()
+        metrics[f"exit_{depth}/no_harm"] = no_harm.float().mean()
+    if not gate.learned:
+        return state.sum() * 0.0, state.new_zeros(len(state), dtype=torch.float32)
+    if model.training:
+        gate.prior.lerp_(no_harm.float().mean().clamp(0.001, 0.999), PRIOR_PACE)
+    loss = losses.gate_loss(gate(state), no_harm, gate.prior)
+    with torch.no_grad():
+        scores = gate.score(state)
+        metrics[f"exit_{depth}/gate_loss"] = loss.detach().mean()
+        metrics[f"exit_{depth}/gate_ece"] = losses.calibration_error(scores, no_harm)
+    return loss.sum(), scores

@@ -1,0 +1,285 @@
+"""Prices against hand-made numbers, and against what torch counts while tiny models of several families really run."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptive import EarlyExitModel, ExitConfig
+from adaptive.costs import Costs
+from adaptive.kv import KV
+from adaptive.policy import Trace
+
+torch.set_num_threads(1)
+
+BLOCKS = [
+    {"weights": 100, "fill": 30, "attention": 8, "kv": 6, "window": None},
+    {"weights": 200, "fill": 50, "attention": 10, "kv": 4, "window": 3},
+]
+SHAPE = {"layers": 2, "hidden": 4, "vocab": 400, "bytes_per_weight": 4, "blocks": BLOCKS}
+PLAIN = {"depth": 1, "head": 7, "vocab": 80, "gate": 5, "blocks": [], "own_kv": False, "reads_logits": False}
+OWN = {"depth": 1, "head": 0, "vocab": 400, "gate": 5, "blocks": [BLOCKS[1]], "own_kv": True, "reads_logits": False}
+NAN = float("nan")
+
+
+def one_row(taken, context, *, scores, headed, caught_up=None, exits=(1,), layers=2):
+    """A trace of one row: `taken` and `context` per token, the others per token and exit."""
+    count = (1, len(taken), len(exits))
+    return Trace(
+        exits,
+        layers,
+        np.array([taken]),
+        np.array(scores, float).reshape(count),
+        np.array([context]),
+        np.array(headed, bool).reshape(count),
+        np.array(caught_up or [0] * len(scores)).reshape(count),
+        np.array([context[0]]),
+    )
+
+
+# Numbers by hand
+
+
+def test_a_token_at_full_depth_one_that_left_and_a_row_that_ended():
+    trace = one_row([1, 0, 1, -1], [4, 5, 6, 0], scores=[0.1, 0.9, NAN, NAN], headed=[0, 1, 0, 0])
+    price = Costs(SHAPE, [PLAIN]).price(trace)
+    first = 2 * 400 + 2 * 5
+    left = 2 * (100 + 8 * 5) + 2 * 50 + 2 * 5 + 2 * (7 + 80)
+    last = 2 * (100 + 8 * 6) + 2 * (200 + 10 * 3) + 2 * 400
+    assert price.flops.tolist() == [[first, left, last, 0]]
+    full = 2 * (100 + 8 * 5) + 2 * (200 + 10 * 3) + 2 * 400
+    assert price.full_flops.tolist() == [[800, full, last, 0]]
+    assert price.breakdown == {
+        "blocks": 200 + 600,
+        "attention": 80 + 96 + 60,
+        "fill": 100,
+        "gates": 20,
+        "heads": 800 + 174 + 800,
+        "catch_up": 0,
+    }
+    assert sum(price.breakdown.values()) == price.flops.sum()
+    assert price.relative_flops == price.flops.sum() / price.full_flops.sum()
+    moved = [5 + 400, 100 + 6 * 5 + 6 + 50 + 4 + 5 + 87, 100 + 6 * 6 + 6 + 200 + 4 * 3 + 4 + 400, 0]
+    assert price.bytes.tolist() == [[4 * numbers for numbers in moved]]
+    assert price.full_bytes.tolist() == [[1600, 4 * (100 + 6 * 5 + 6 + 200 + 4 * 3 + 4 + 400), 4 * moved[2], 0]]
+    assert price.relative_bytes == price.bytes.sum() / price.full_bytes.sum()
+
+
+def test_savings_are_owed_to_depth_or_shortlist_and_add_up():
+    trace = one_row([1, 0, 1], [4, 5, 6], scores=[0.1, 0.9, 0.2], headed=[0, 1, 0])
+    price = Costs(SHAPE, [PLAIN]).price(trace)
+    total = price.full_flops.sum()
+    assert price.saved["depth"] == pytest.approx((2 * (200 + 10 * 3) - 2 * 50) / total)
+    assert price.saved["shortlist"] == pytest.approx(2 * (400 - 80) / total)
+    assert price.saved["overhead"] == pytest.approx(-(3 * 2 * 5 + 2 * 7) / total)
+    assert sum(price.saved.values()) == pytest.approx(1 - price.relative_flops)
+
+
+def test_a_block_head_with_its_own_keys_pays_for_the_tokens_that_passed_it_by():
+    trace = one_row(
+        [1, 0, 1, 0], [4, 5, 6, 7], scores=[0.1, 0.9, 0.1, 0.9], headed=[0, 1, 0, 1], caught_up=[0, 5, 0, 2]
+    )
+    price = Costs(SHAPE, [OWN]).price(trace)
+    per_token = {context: 2 * 200 + 2 * 10 * min(context, 3) for context in range(1, 8)}
+    left = 2 * (100 + 8 * 5) + 2 * 50 + 2 * 5 + 2 * 400
+    assert price.flops[0, 1] == left + sum(per_token[context] for context in (1, 2, 3, 4, 5))
+    assert price.flops[0, 3] == left + 2 * 8 * 2 + per_token[6] + per_token[7]
+    assert price.breakdown["catch_up"] == sum(per_token[context] for context in (1, 2, 3, 4, 6))
+    # One pass of 2 columns at context 7: weights once, K/V of the 3 + 1 tokens that either sees, 2 written.
+    assert price.bytes[0, 3] == 4 * (100 + 6 * 7 + 6 + 50 + 4 + 5 + 400 + 200 + 4 * 4 + 2 * 4)
+    assert price.saved["shortlist"] == 0
+
+
+def test_neighbours_in_a_batch_can_make_a_row_catch_up_padding_included():
+    trace = one_row([1, 1], [2, 3], scores=[0.1, 0.1], headed=[0, 0], caught_up=[5, 1])
+    price = Costs(SHAPE, [OWN]).price(trace)
+    assert price.breakdown["catch_up"] == 6 * 2 * 200 + 2 * 10 * (1 + 2 + 3)
+
+
+def test_a_block_head_on_shared_keys_runs_once_and_writes_none():
+    shared = OWN | {"own_kv": False}
+    price = Costs(SHAPE, [shared]).price(one_row([1, 0], [4, 5], scores=[NAN, 0.9], headed=[0, 1]))
+    assert price.flops[0, 1] == 2 * (100 + 8 * 5) + 2 * 50 + 2 * 5 + 2 * 400 + 2 * (200 + 10 * 3)
+    assert price.bytes[0, 1] == 4 * (100 + 6 * 5 + 6 + 50 + 4 + 5 + 400 + 200 + 4 * 3)
+    assert price.breakdown["catch_up"] == 0
+
+
+def test_a_head_that_was_only_read_by_its_gate_is_overhead():
+    baseline = PLAIN | {"gate": 0, "reads_logits": True}
+    price = Costs(SHAPE, [baseline]).price(one_row([1, 1], [4, 5], scores=[0.1, 0.1], headed=[1, 1]))
+    assert price.flops.sum() - price.full_flops.sum() == 2 * 2 * 87
+    assert price.saved["depth"] == price.saved["shortlist"] == 0
+
+
+def test_prefill_by_hand():
+    assert Costs(SHAPE, []).prefill_flops(5) == 2 * 5 * (100 + 200) + 2 * 8 * 15 + 2 * 10 * (1 + 2 + 3 + 3 + 3)
+
+
+def test_the_figure_per_exit_is_the_price_of_such_a_token():
+    costs = Costs(SHAPE, [PLAIN, PLAIN | {"depth": 2, "head": 3}])
+    kept = {0: ([0.9, NAN], [1, 0]), 1: ([0.1, 0.9], [0, 1]), 2: ([0.1, 0.1], [0, 0])}
+    for taken, (scores, headed) in kept.items():
+        trace = one_row([2, taken], [6, 7], scores=[NAN, NAN, *scores], headed=[0, 0, *headed], exits=(1, 2))
+        assert costs.price(trace).flops[0, 1] == costs.by_exit(7)[taken]
+    closed = one_row([2, 1], [6, 7], scores=[NAN, NAN, NAN, 0.9], headed=[0, 0, 0, 1], exits=(1, 2))
+    assert costs.price(closed).flops[0, 1] == costs.by_exit(7, [False, True])[1]
+
+
+def test_the_figure_per_exit_counts_heads_read_by_gates_and_catching_up():
+    chain = Costs(SHAPE, []).by_exit(5)[0]
+    reading = Costs(SHAPE, [PLAIN | {"reads_logits": True}])
+    assert reading.by_exit(5)[1] == chain + 2 * 5 + 2 * 87
+    assert reading.by_exit(5, [False])[1] == chain
+    own = Costs(SHAPE, [OWN])
+    assert own.by_exit(5)[1] == chain + 2 * 5 + 2 * (200 + 10 * 3)
+    assert own.by_exit(5, [False])[1] == chain
+
+
+def test_a_trace_of_another_model_is_refused():
+    trace = one_row([1], [4], scores=[NAN], headed=[0])
+    with pytest.raises(ValueError, match=r"exits \[1\] of 2 blocks.*for \[2\] of 2"):
+        Costs(SHAPE, [PLAIN | {"depth": 2}]).price(trace)
+
+
+# Against torch's own count
+
+FAMILIES = ["llama", "gpt2", "gemma3", "qwen3_moe"]
+PROMPT, NEW = 6, 8
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def eager(family: str, depths=(1, 2, 3), **exits) -> EarlyExitModel:
+    """A random model whose gates tell tokens apart, in operations that torch's counter sees."""
+    experts = {"_experts_implementation": "eager"} if "moe" in family else {}
+    backbone = tiny(family, _attn_implementation="eager", **experts)
+    model = EarlyExitModel.from_backbone(backbone, ExitConfig(list(depths), rank=3, **exits))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.gate_parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return model
+
+
+def count(run) -> int:
+    """FLOPs that torch counts during `run()`, rotary tables left out."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    modules = counter.get_flop_counts().items()
+    return counter.get_total_flops() - sum(sum(ops.values()) for name, ops in modules if name.endswith("rotary_emb"))
+
+
+def prefilled(model: EarlyExitModel, tokens: int) -> tuple[KV, torch.Tensor, list]:
+    """K/V of a prompt, and what `start` gives for the token behind it."""
+    view, ids = model.view, torch.arange(tokens + 1)[None]
+    cache = KV(view.num_layers, tokens + 1, 1)
+    with torch.no_grad():
+        hidden, calls = view.start(ids[:, :tokens], None, None, cache)
+        view.run(hidden, calls, 0, view.num_layers)
+        cache.column = tokens
+        return cache, *view.start(ids[:, tokens:], None, torch.tensor([[tokens]]), cache)
+
+
+def windowless(costs: Costs) -> Costs:
+    """What eager attention multiplies: everything, and a mask over what lies outside of the window."""
+    shape, exits = copy.deepcopy((costs.shape, costs.exits))
+    for block in [*shape["blocks"], *(block for exit in exits for block in exit["blocks"])]:
+        block["window"] = None
+    return Costs(shape, exits)
+
+
+def masked(columns: int, blocks: list[dict]) -> int:
+    """FLOPs of eager attention between the columns of one pass that a causal mask throws away."""
+    return sum(2 * block["attention"] for block in blocks) * columns * (columns - 1) // 2
+
+
+@families
+@pytest.mark.parametrize("context", [7, 12])
+def test_one_step_at_full_depth(family, context):
+    model = eager(family)
+    view, (_, hidden, calls) = model.view, prefilled(model, context - 1)
+    counted = count(lambda: view.logits(view.norm(view.run(hidden, calls, 0, view.num_layers))))
+    assert windowless(model.costs).by_exit(context, [False] * 3)[-1] == counted
+    beyond = 2 * 2 * 4 * (8 + 8) * max(context - 6, 0) if family == "gemma3" else 0
+    assert model.costs.by_exit(context, [False] * 3)[-1] == counted - beyond
+
+
+@families
+def test_one_step_that_leaves(family):
+    model = eager(family, gate="mlp", shortlist=[None, 20, None])
+    view, exits = model.view, model.exits
+    for index, depth in enumerate(model.depths):
+        cache, hidden, calls = prefilled(model, 5)
+
+        def step(index=index, depth=depth, cache=cache, hidden=hidden, calls=calls):
+            state = view.run(hidden, calls, 0, depth)
+            view.fill(state, calls, depth, view.num_layers, cache)
+            exits.gates[index].score(state)
+            exits.logits(view, index, exits.heads[index](state))
+
+        assert model.costs.by_exit(6, [other == index for other in range(3)])[index] == count(step)
+
+
+@families
+def test_a_prompt(family):
+    model = eager(family)
+    view, cache = model.view, KV(4, 20, 1)
+    counted = count(lambda: view.run(*view.start(torch.arange(10)[None], None, None, cache), 0, view.num_layers))
+    assert windowless(model.costs).prefill_flops(10) + masked(10, model.costs.shape["blocks"]) == counted
+
+
+HEADS = {
+    "norm": {"head": "norm"},
+    "linear": {"head": "linear", "shortlist": [10, None, 30]},
+    "mlp": {"head": "mlp", "layers": 2, "gate": "mlp"},
+    "own": {"head": "block", "layers": 2, "depths": (2, 3, 4), "shortlist": [None, None, 30]},
+    "shared": {"head": "block", "head_kv": "shared"},
+    "max_prob": {"head": "linear", "gate": "max_prob"},
+    "own_margin": {"head": ["norm", "block", "linear"], "gate": "margin"},
+    "similarity": {"head": "norm", "gate": "similarity"},
+}
+CASES = [("llama", heads) for heads in HEADS] + [
+    ("gpt2", "linear"),
+    ("gpt2", "own"),
+    ("gemma3", "own"),
+    ("gemma3", "shared"),
+    ("qwen3_moe", "mlp"),
+    ("qwen3_moe", "own"),
+]
+
+
+def generate(model: EarlyExitModel, **kwargs) -> tuple[Trace, int]:
+    """A trace of sampled generation, and the FLOPs counted during it."""
+    prompt, traces = torch.arange(3, 3 + PROMPT)[None], []
+    counted = count(
+        lambda: traces.append(
+            model.generate(
+                prompt, max_new_tokens=NEW, do_sample=True, seed=0, return_dict_in_generate=True, **kwargs
+            ).trace
+        )
+    )
+    return traces[0], counted
+
+
+def priced(model: EarlyExitModel, trace: Trace) -> int:
+    """FLOPs of a whole generation, those that eager attention throws away included."""
+    costs = windowless(model.costs)
+    wasted = masked(PROMPT, costs.shape["blocks"])
+    for index, exit in enumerate(costs.exits):
+        wasted += sum(masked(int(columns), exit["blocks"]) for columns in trace.caught_up[0, :, index])
+    return costs.prefill_flops(PROMPT) + int(costs.price(trace).flops.sum()) + wasted
+
+
+@pytest.mark.parametrize(("family", "heads"), CASES)
+def test_a_whole_generation(family, heads):
+    model = eager(family, **HEADS[heads])
+    probe, counted = generate(model, probe=True)
+    assert probe.headed.all() and priced(model, probe) == counted
+    middle = [float(np.quantile(probe.scores[0, :, index], 0.6)) for index in range(3)]
+    taken = set()
+    for thresholds in (middle, [None, middle[1], 0.0]):
+        trace, counted = generate(model, policy=thresholds)
+        assert priced(model, trace) == counted
+        taken |= set(trace.taken[0].tolist())
+    assert len(taken) >= 3, "tokens should leave at different exits here"

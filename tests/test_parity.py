@@ -1,0 +1,170 @@
+"""Two ways that must agree: our loop and transformers' own, a batch and its rows, an exit and its static sub-model."""
+
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCAB, prompts, tiny
+
+from adaptive.config import ExitConfig
+from adaptive.model import EarlyExitModel
+from adaptive.policy import ExitPolicy
+
+NEW = 12
+
+
+def with_exits(family, depths=(1, 3), seed=0, **config):
+    """A tiny model whose exits have random gates and adapters, so that tokens leave at different depths."""
+    model = EarlyExitModel.from_backbone(tiny(family, seed), ExitConfig(depths=list(depths), **config))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.exits.named_parameters():
+            if parameter.dim() >= 2 and ("gates" in name or "up" in name or "down" in name):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True, **{"do_sample": False, **kwargs})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_out_of_reach_is_transformers_greedy(family, batch):
+    model = with_exits(family)
+    inputs = prompts(batch)
+    expected = model.backbone.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    out = generate(model, inputs, policy=[math.inf, 2.0])
+    assert torch.equal(out.sequences, expected)
+    assert (out.trace.depth == 4).all()
+    assert len(set(out.sequences[0].tolist())) > 4, "a model that repeats itself proves nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threshold_zero_is_the_static_sub_model(family):
+    """The first k blocks, the exit's norm and the LM head, run by transformers on its own."""
+    model = with_exits(family, depths=(2,), head="norm")
+    sub = tiny(family)
+    blocks = EarlyExitModel.from_backbone(sub, ExitConfig(depths=[2])).view
+    setattr(blocks.parent, blocks.name, blocks.blocks[:2])
+    sub.config.num_hidden_layers = 2
+    if getattr(sub.config, "layer_types", None):
+        sub.config.layer_types = sub.config.layer_types[:2]
+    for batch in (1, 3):
+        inputs = prompts(batch)
+        expected = sub.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        out = generate(model, inputs, policy=[0.0])
+        assert torch.equal(out.sequences, expected)
+        assert (out.trace.depth == 2).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head,kv", [("linear", "own"), ("block", "own"), ("block", "shared")])
+def test_a_row_alone_is_the_row_in_a_batch(family, head, kv):
+    model = with_exits(family, head=head, head_kv=kv)
+    inputs = prompts(4)
+    probe = generate(model, inputs, probe=True).trace
+    thresholds = [
+        float(sorted(probe.scores[..., e].flatten())[len(probe.scores[..., e].flatten()) // 2]) for e in (0, 1)
+    ]
+    out = generate(model, inputs, policy=thresholds)
+    assert len(set(out.trace.taken.flatten().tolist())) == 3, "tokens must leave at every exit"
+    for row in range(4):
+        keep = inputs["attention_mask"][row].bool()
+        alone = generate(model, {"input_ids": inputs["input_ids"][row : row + 1, keep]}, policy=thresholds)
+        assert torch.equal(alone.sequences[0, -NEW:], out.sequences[row, -NEW:])
+        assert (alone.trace.taken[0] == out.trace.taken[row]).all()
+        assert torch.allclose(
+            torch.tensor(alone.trace.scores[0]), torch.tensor(out.trace.scores[row]), atol=1e-4, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_block_head_decodes_what_it_says_teacher_forced(kv):
+    """A block head that runs at every token gives what one pass over the whole text gives."""
+    from adaptive.kv import TrainingKV
+    from adaptive.objective import exit_features, full_states
+
+    model = with_exits("llama", depths=(2,), head="block", layers=2, head_kv=kv)
+    with torch.no_grad():
+        for parameter in model.exits.heads.parameters():
+            parameter.mul_(1.1)
+    inputs = prompts(3)
+    out = generate(model, inputs, probe=True, output_logits=True)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, NEW, dtype=torch.long)], dim=1)
+    cache = TrainingKV(4)
+    with torch.no_grad():
+        states, normed, calls = full_states(model.view, out.sequences, mask, (2,), cache)
+        said = model.view.logits(exit_features(model.view, model.exits, 0, 2, states[0], calls, cache)).argmax(-1)
+        full = model.view.logits(normed)
+    ends = slice(inputs["input_ids"].shape[1] - 1, -1)
+    expected = full[:, ends].amax(-1) - full[:, ends].gather(-1, said[:, ends, None])[..., 0]
+    assert torch.allclose(torch.tensor(out.trace.regret[..., 0]), expected, atol=1e-3)
+    assert expected.max() > 0.1, "exits that always agree prove nothing"
+
+
+def test_shortlist_says_only_what_is_on_it_and_can_sit_at_full_depth():
+    model = with_exits("llama", depths=(2, 4), shortlist=20)
+    ids = torch.arange(40, 60)
+    model.exits.choose_shortlists(torch.zeros(VOCAB).index_fill(0, ids, 1.0))
+    out = generate(model, prompts(3), policy=[0.0, math.inf])
+    assert set(out.sequences[:, -NEW:].flatten().tolist()) <= set(ids.tolist())
+    deep = generate(model, prompts(3), policy=[math.inf, 0.0])
+    assert (deep.trace.taken == 1).all() and (deep.trace.depth == 4).all()
+    assert set(deep.sequences[:, -NEW:].flatten().tolist()) <= set(ids.tolist())
+
+
+def test_sampling_of_a_row_depends_on_its_seed_alone():
+    model = with_exits("llama")
+    inputs = prompts(3)
+    settings = dict(do_sample=True, temperature=0.8, top_k=20, policy=[0.5, 0.5])
+    out = generate(model, inputs, seed=7, **settings)
+    again = generate(model, inputs, seed=7, **settings)
+    assert torch.equal(out.sequences, again.sequences)
+    for row in range(3):
+        keep = inputs["attention_mask"][row].bool()
+        alone = generate(model, {"input_ids": inputs["input_ids"][row : row + 1, keep]}, seed=7 + row, **settings)
+        assert torch.equal(alone.sequences[0, -NEW:], out.sequences[row, -NEW:])
+    other = generate(model, inputs, seed=8, **settings)
+    assert not torch.equal(out.sequences, other.sequences)
+
+
+def test_stopping_processors_and_streamer_are_transformers_own():
+    class Keep:
+        def __init__(self):
+            self.got, self.ended = [], False
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    model = with_exits("llama")
+    inputs = prompts(1)
+    free = generate(model, inputs)
+    stop = int(free.sequences[0, -4])
+    settings = dict(eos_token_id=stop, repetition_penalty=1.0, min_new_tokens=2)
+    expected = model.backbone.generate(**inputs, max_new_tokens=NEW, do_sample=False, **settings)
+    streamer = Keep()
+    out = generate(model, inputs, streamer=streamer, **settings)
+    assert torch.equal(out.sequences, expected) and out.sequences.shape[1] < free.sequences.shape[1]
+    assert streamer.ended and streamer.got == out.sequences[0].tolist()
+    batch = prompts(3)
+    expected = model.backbone.generate(**batch, max_new_tokens=NEW, do_sample=False, **settings)
+    out = generate(model, batch, **settings)
+    assert torch.equal(out.sequences, expected)
+    ended = out.trace.taken == -1
+    assert ended.any() and (out.sequences[:, -out.trace.taken.shape[1] :][torch.tensor(ended)] == 0).all()
+
+
+def test_bad_requests_are_refused_in_one_error():
+    model = with_exits("llama")
+    with pytest.raises(ValueError, match="2 exits"):
+        generate(model, prompts(1), policy=[0.5])
+    with pytest.raises(ValueError, match="context is 128"):
+        generate(model, {"input_ids": torch.ones(1, 130, dtype=torch.long)})
+    with pytest.raises(ValueError, match="beam"):
+        generate(model, prompts(1), num_beams=2)
+    with pytest.raises(ValueError, match="thresholds"):
+        ExitPolicy((-0.1, 0.5))

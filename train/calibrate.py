@@ -1,0 +1,193 @@
+"""Certify thresholds for a trained model, in free generation.
+
+    python train/calibrate.py --run runs/demo --prompts runs/demo/text/prompts.json --risks 0.02,0.05,0.1
+    python train/calibrate.py --run runs/mine --prompts my_prompts.jsonl --budgets 0.7,0.8 --harm sequence
+
+Prompts are a .json file of {"select": [...], "certify": [...]} (as train/text.py writes), or anything that
+`adaptive.data.read_texts` reads, of which a quarter selects. The first target's certificate becomes the model's. In the
+run's folder:
+
+    certificate.json             of the first target; `EarlyExitModel.from_pretrained` takes its thresholds
+    calibration/<target>.json    one certificate per target
+    calibration/survey.safetensors   what the gates and heads said on the selection prompts
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adaptive.config import Checked, load_config
+
+
+@dataclass
+class CalibrationConfig(Checked):
+    """What to certify.
+
+    Attributes:
+        run: folder of the trained model
+        prompts: file or data set of prompts
+        risks: largest expected harm per token, one certificate each
+        budgets: FLOPs relative to full depth, one certificate each
+        delta: probability with which each certificate may be wrong
+        harm: regret, disagreement or sequence
+        tolerance: nats of regret that count as no harm
+        bound: wsr, hb, or crc (which controls the mean only)
+        max_new_tokens: length up to which answers are generated and vouched for
+        batch_size: rows generated at once
+        seed: of the order in which prompts enter the bound
+    """
+
+    run: str
+    prompts: str
+    risks: list[float] = field(default_factory=lambda: [0.02])
+    budgets: list[float] = field(default_factory=list)
+    delta: float = 0.05
+    harm: Literal["regret", "disagreement", "sequence"] = "regret"
+    tolerance: float = 0.25
+    bound: Literal["wsr", "hb", "crc"] = "wsr"
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        """One line for each fault."""
+        found = self._below(1, "max_new_tokens", "batch_size") + self._below(0, "seed", "tolerance")
+        found += [f"`risks` has {r}; each must be between 0 and 1" for r in self.risks if not 0 < r < 1]
+        found += [f"`budgets` has {b}; each must be above 0" for b in self.budgets if b <= 0]
+        if not self.risks and not self.budgets:
+            found.append("`risks` and `budgets` are both empty; give a target")
+        if not 0 < self.delta < 1:
+            found.append(f"`delta` is {self.delta}; it must be between 0 and 1")
+        return found
+
+
+if __name__ == "__main__":
+    # Before the heavy imports: --help and a mistyped key answer at once.
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    CONFIG = load_config(cls=CalibrationConfig)
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from adaptive import certify
+from adaptive.calibration import Certificate
+from adaptive.data import read_texts
+from adaptive.model import EarlyExitModel
+from adaptive.prompts import encode
+from adaptive.runs import put, write_json
+from adaptive.storage import CERTIFICATE, model_digest
+
+
+def main(config: CalibrationConfig) -> list[Certificate]:
+    """Writes and returns the certificates, one per target."""
+    folder = Path(config.run) / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = EarlyExitModel.from_pretrained(config.run, dtype="float32")
+    selection, certifying = read_prompts(config)
+    forget_other(folder, config, model_digest(model))
+    found, certificates = None, []
+    for name, risk, budget in targets(config):
+        path = folder / f"{name}.json"
+        if path.exists():
+            print(f"{path} is there already")
+            certificates.append(Certificate.load(path))
+            continue
+        found = found or surveyed(model, selection, config, folder / "survey.safetensors")
+        certificate = certify.calibrate(
+            model,
+            certifying,
+            risk,
+            config.delta,
+            budget=budget,
+            harm=config.harm,
+            tolerance=config.tolerance,
+            bound=config.bound,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            selection=found,
+        )
+        certificate.save(path)
+        certificates.append(certificate)
+    certificates[0].save(Path(config.run) / CERTIFICATE)
+    print(table(config, certificates))
+    return certificates
+
+
+def targets(config: CalibrationConfig) -> list[tuple[str, float | None, float | None]]:
+    """Returns (name, risk, budget) of every certificate asked for."""
+    return [(f"risk-{risk:g}", risk, None) for risk in config.risks] + [
+        (f"budget-{budget:g}", None, budget) for budget in config.budgets
+    ]
+
+
+def read_prompts(config: CalibrationConfig) -> tuple[list, list]:
+    """Returns the prompts to select on and, disjoint from them, those to certify on."""
+    if config.prompts.endswith(".json"):
+        parts = json.loads(Path(config.prompts).read_text())
+        if missing := {"select", "certify"} - set(parts):
+            raise ValueError(f"`prompts`={config.prompts} lacks {sorted(missing)}; it has {sorted(parts)}")
+        selection, certifying = parts["select"], parts["certify"]
+    else:
+        texts = read_texts(config.prompts, render=lambda messages: messages[0]["content"])
+        order = np.random.default_rng(config.seed).permutation(len(texts))
+        selection = [texts[i] for i in order[: len(texts) // 4]]
+        certifying = [texts[i] for i in order[len(texts) // 4 :]]
+    if both := {str(p) for p in selection} & {str(p) for p in certifying}:
+        raise ValueError(
+            f"{len(both)} prompts are both in `select` and in `certify` of {config.prompts}, such as "
+            f"{sorted(both)[0][:60]!r}; what chose the thresholds cannot certify them"
+        )
+    return selection, certifying
+
+
+def forget_other(folder: Path, config: CalibrationConfig, weights: str) -> None:
+    """Removes what an earlier calibration of other weights, or with other settings, left."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("risks", "budgets")}
+    record, path = settings | {"model_digest": weights}, folder / "settings.json"
+    if not path.exists() or json.loads(path.read_text()) != record:
+        for old in folder.iterdir():
+            old.unlink()
+        write_json(path, record)
+
+
+def surveyed(model: EarlyExitModel, prompts: list, config: CalibrationConfig, path: Path) -> certify.Survey:
+    """Returns the survey of the selection prompts, from its file if it was made before."""
+    try:
+        arrays = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        ids = encode(prompts, certify.load_tokenizer(model))
+        found = certify.survey(model, ids, config.max_new_tokens, config.batch_size)
+        arrays = {
+            "scores": found.scores,
+            "regret": found.regret,
+            "costs": found.costs,
+            "rows": found.rows,
+            "full_cost": np.array(found.full_cost),
+        }
+        put(path, lambda temporary: save_file(arrays, temporary))
+    return certify.Survey(
+        arrays["scores"], arrays["regret"], arrays["costs"], float(arrays["full_cost"]), arrays["rows"]
+    )
+
+
+def table(config: CalibrationConfig, certificates: list[Certificate]) -> str:
+    """Returns the certificates as a Markdown table."""
+    lines = [
+        f"| target | certified {config.harm} | mean on {certificates[0].n} prompts | thresholds | relative FLOPs |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, _, _), c in zip(targets(config), certificates, strict=True):
+        cuts = " / ".join("never" if t == float("inf") else f"{t:.3f}" for t in c.thresholds)
+        lines.append(f"| {name} | {c.certified:.4f} | {c.mean:.4f} | {cuts} | {1 - c.saved:.3f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(CONFIG)
