@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -91,3 +93,23 @@ def find_norm(decoder: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> nn.Modu
         f"{type(decoder).__name__}: no module gives its last hidden state (a final norm was looked for "
         f"among {sorted({type(m).__name__ for m in watched})})"
     )
+
+
+def plain_copy(block: nn.Module) -> nn.Module:
+    """Returns a copy of a block with PEFT's adapters merged into its own layers and taken off.
+
+    Raises:
+        ValueError: its weights are quantized, so that a copy could not be trained.
+    """
+    block = copy.deepcopy(block)
+    for name, module in list(block.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(block.get_submodule(parent), child, module.base_layer)
+    if frozen := [name for name, parameter in block.named_parameters() if not parameter.is_floating_point()]:
+        raise ValueError(
+            f"`head`: mlp and block heads are trained copies of the last blocks, and {frozen[0]} of those is "
+            "quantized; choose head norm or linear for this backbone"
+        )
+    return block

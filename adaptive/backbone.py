@@ -80,7 +80,9 @@ class Backbone:
         self.model = model
         self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.inner.config.get_text_config()
-        self.parent, self.name = find_blocks(self.inner, self.config.num_hidden_layers, blocks)
+        # Counted once: transformers' own assisted decoding changes the config while it runs, and forgets on an error.
+        self.num_layers = self.config.num_hidden_layers
+        self.parent, self.name = find_blocks(self.inner, self.num_layers, blocks)
         self.decoder = find_decoder(self.inner, self.blocks)
         self.head = self.inner.get_output_embeddings()
         if self.head is None:
@@ -95,11 +97,6 @@ class Backbone:
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""
         return getattr(self.parent, self.name)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder blocks L."""
-        return self.config.num_hidden_layers
 
     @property
     def hidden_size(self) -> int:

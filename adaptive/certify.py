@@ -37,6 +37,7 @@ class Survey:
         costs: [tokens, exits + 1], FLOPs of a token leaving there.
         full_cost: mean FLOPs of a token in the plain backbone.
         rows: [tokens], the prompt of each token.
+        prompts, answers: ids [prompts, longest], -1 where there is none: what was asked, what the full model said.
     """
 
     scores: np.ndarray
@@ -44,6 +45,8 @@ class Survey:
     costs: np.ndarray
     full_cost: float
     rows: np.ndarray
+    prompts: np.ndarray
+    answers: np.ndarray
 
     def harms(self, harm: str | Callable, tolerance: float) -> np.ndarray:
         """Returns [tokens, exits] harm in {0, 1} of leaving there; disagreement stands in for harms of whole
@@ -54,7 +57,7 @@ class Survey:
 def survey(model, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 32) -> Survey:
     """Returns the survey of these prompts: exactly one full-model pass for each."""
     full = ExitPolicy.full(model.num_exits)
-    _, trace = answer(model, prompts, full, max_new_tokens, batch_size, probe=True, note="surveying")
+    answers, trace = answer(model, prompts, full, max_new_tokens, batch_size, probe=True, note="surveying")
     valid, costs = trace.valid, model.costs
     # A first token comes out of the prefill, so depth saves nothing there; it is left out of the choice.
     valid[:, 0] = False
@@ -63,7 +66,19 @@ def survey(model, prompts: list[list[int]], max_new_tokens: int, batch_size: int
     table = {context: (costs.by_exit(context), costs.by_exit(context, shut)[-1]) for context in np.unique(contexts)}
     by_exit = np.stack([table[context][0] for context in contexts])
     plain = float(np.mean([table[context][1] for context in contexts]))
-    return Survey(trace.scores[valid], trace.regret[valid], by_exit, plain, np.nonzero(valid)[0])
+    rows = np.nonzero(valid)[0]
+    return Survey(trace.scores[valid], trace.regret[valid], by_exit, plain, rows, padded(prompts), padded(answers))
+
+
+def padded(lists: list[list[int]]) -> np.ndarray:
+    """Returns ids [rows, longest], -1 behind the end of each."""
+    longest = max(map(len, lists))
+    return np.array([ids + [-1] * (longest - len(ids)) for ids in lists])
+
+
+def unpadded(ids: np.ndarray) -> list[list[int]]:
+    """Returns the lists that `padded` was given."""
+    return [row[row >= 0].tolist() for row in ids]
 
 
 def loss_per_prompt(harm: str | Callable, tolerance: float, outcome: Outcome, reference: list | None) -> np.ndarray:
@@ -72,21 +87,32 @@ def loss_per_prompt(harm: str | Callable, tolerance: float, outcome: Outcome, re
         limit = tolerance if harm == "regret" else 0.0
         harmed = np.where(np.isnan(outcome.regret), np.nan, outcome.regret > limit)
         return np.nanmean(harmed, axis=1)
+    return harm_of_answers(harm, outcome.answers, reference)
+
+
+def harm_of_answers(harm: str | Callable, answers: list[list[int]], reference: list[list[int]]) -> np.ndarray:
+    """Returns the harm [prompts] in [0, 1] of whole answers against the full model's own.
+
+    Raises:
+        ValueError: the callable gave something outside [0, 1].
+    """
     judged = (lambda ours, full: 1 - calibration.rouge_l(ours, full)) if harm == "sequence" else harm
-    found = np.array([float(judged(ours, full)) for ours, full in zip(outcome.answers, reference, strict=True)])
+    found = np.array([float(judged(ours, full)) for ours, full in zip(answers, reference, strict=True)])
     if not ((found >= 0) & (found <= 1)).all():
         raise ValueError(f"`harm` gave {found.min():.3g} to {found.max():.3g}; it must stay in [0, 1]")
     return found
 
 
-def choose(found: Survey, request: Request, n: int, delta: float, aim: float | None) -> tuple[tuple[float, ...], dict]:
+def choose(model, found: Survey, request: Request, n: int, delta: float, aim: float | None) -> tuple[tuple, dict]:
     """Returns thresholds, and what the survey promises of them.
 
     For a risk: the cheapest thresholds whose harms, resampled to the size of the certification, would be certified at
-    `aim` with `CAUTION` to spare; found by bisection over the mean harm allowed. For a budget: the least harmful
-    within.
+    `aim` with `CAUTION` to spare; found by bisection over the mean harm per token. The harm of whole answers does not
+    follow from that of tokens, so those are generated, for the selection prompts. For a budget: the least harmful
+    thresholds within it.
 
     Args:
+        model: the `EarlyExitModel`.
         found: the survey.
         request: what was asked for.
         n: prompts that will certify.
@@ -94,9 +120,15 @@ def choose(found: Survey, request: Request, n: int, delta: float, aim: float | N
         aim: the risk to aim for, None for a budget.
     """
     arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
+    by_token = request.harm in ("regret", "disagreement")
 
     def passes(thresholds: np.ndarray) -> bool:
-        harms = ranking.predicted(thresholds, *arrays, found.rows)[0]
+        if by_token:
+            harms = ranking.predicted(thresholds, *arrays, found.rows)[0]
+        else:
+            asked, policy = unpadded(found.prompts), ExitPolicy(tuple(thresholds))
+            answers = answer(model, asked, policy, request.max_new_tokens, request.batch_size, note="choosing")[0]
+            harms = harm_of_answers(request.harm, answers, unpadded(found.answers))
         draws = np.random.default_rng(request.seed).choice(harms, (8, n))
         return np.mean([calibration.BOUNDS[request.bound](draw, delta) for draw in draws]) <= CAUTION * aim
 
@@ -104,7 +136,7 @@ def choose(found: Survey, request: Request, n: int, delta: float, aim: float | N
         thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)
     else:
         low, high, thresholds = 0.0, aim, np.full(found.scores.shape[1], np.inf)
-        for _ in range(10):
+        for _ in range(10 if by_token else 5):
             middle = (low + high) / 2
             tried = ranking.rank_thresholds(*arrays, found.full_cost, middle, found.rows)
             if passes(tried):
@@ -213,7 +245,7 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
     deltas = calibration.spend(request.delta, 2) if by_risk else [request.delta]
     aims = [request.risk, request.risk * RETREAT] if by_risk else [None]
     for delta, aim in zip(deltas, aims, strict=True):
-        thresholds, promise = choose(found, request, len(prompts), delta, aim)
+        thresholds, promise = choose(model, found, request, len(prompts), delta, aim)
         outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
         harms = loss_per_prompt(request.harm, request.tolerance, outcome, reference)
         generator = np.random.default_rng(request.seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from adaptive.anatomy import linear_weights
+from adaptive.anatomy import linear_weights, plain_copy
 from adaptive.backbone import Backbone
 from adaptive.config import ExitConfig
 from adaptive.losses import prior_shift
@@ -21,7 +21,8 @@ BASELINES = ("max_prob", "margin", "entropy", "similarity")
 class GatedMLP(nn.Module):
     """Residual gated MLP: x + down(act(gate(norm(x))) * up(norm(x))) (Shazeer 2020, "GLU variants", eq. 6).
 
-    Copies the MLP of a backbone block where that has the same form; starts as the identity where it has not.
+    Takes the MLP of `source`, a copy of a backbone block, where that has the same form; starts as the identity where
+    it has not.
     """
 
     def __init__(self, backbone: Backbone, source: nn.Module):
@@ -38,8 +39,7 @@ class GatedMLP(nn.Module):
             and not hasattr(source, "pre_feedforward_layernorm")
             and all(type(p) is nn.Linear for p in parts)
         ):
-            self.norm = copy.deepcopy(norm)
-            self.gate, self.up, self.down = (copy.deepcopy(part) for part in parts)
+            self.norm, (self.gate, self.up, self.down) = norm, parts
         else:
             self.norm = copy.deepcopy(backbone.norm)
             self.gate, self.up = nn.Linear(hidden, 2 * hidden, bias=False), nn.Linear(hidden, 2 * hidden, bias=False)
@@ -71,9 +71,9 @@ class Head(nn.Module):
             self.up = nn.Linear(rank, backbone.hidden_size, bias=False)
             nn.init.zeros_(self.up.weight)
         elif kind == "mlp":
-            self.mlps = nn.ModuleList(GatedMLP(backbone, backbone.blocks[i]) for i in self.sources)
+            self.mlps = nn.ModuleList(GatedMLP(backbone, plain_copy(backbone.blocks[i])) for i in self.sources)
         elif kind == "block":
-            self.blocks = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.sources)
+            self.blocks = nn.ModuleList(plain_copy(backbone.blocks[i]) for i in self.sources)
         self.norm = copy.deepcopy(backbone.norm)
 
     def forward(self, state: Tensor, calls: list | None = None) -> Tensor:
@@ -212,11 +212,20 @@ class Exits(nn.Module):
         weight, bias = self._shortlist_rows(backbone, exit, ids)
         return backbone.cap(nn.functional.linear(normed, weight, bias))
 
-    def said(self, backbone: Backbone, exit: int, normed: Tensor, chunk: int) -> Tensor:
-        """Returns the vocabulary entry [N] that an exit would say from its normed states [N, hidden]; works out the
-        logits of `chunk` positions at a time."""
-        best = torch.cat([self.logits(backbone, exit, piece).argmax(-1) for piece in normed.split(chunk)])
+    def said(self, backbone: Backbone, exit: int, normed: Tensor, chunk: int, among: Tensor | None = None) -> Tensor:
+        """Returns the vocabulary entry [N] that an exit would say.
+
+        Args:
+            backbone: has the LM head.
+            exit: index of the exit.
+            normed: normed states [N, hidden] of its head.
+            chunk: positions whose logits are held at once.
+            among: entries that an exit without a shortlist chooses from; None for the whole vocabulary.
+        """
         ids = self.shortlist(exit)
+        if ids is None and among is not None:
+            return among[torch.cat([backbone.logits(piece, among).argmax(-1) for piece in normed.split(chunk)])]
+        best = torch.cat([self.logits(backbone, exit, piece).argmax(-1) for piece in normed.split(chunk)])
         return best if ids is None else ids[best]
 
     def _shortlist_rows(self, backbone: Backbone, exit: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:

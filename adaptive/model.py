@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class ExitOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] | None = None
 
 
 class EarlyExitModel(nn.Module):
@@ -254,7 +254,15 @@ class EarlyExitModel(nn.Module):
         self.certificate, self.policy = certificate, ExitPolicy(tuple(certificate.thresholds))
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """Recomputes the backbone's blocks in the backward pass instead of keeping their activations."""
+        """Recomputes the backbone's blocks in the backward pass instead of keeping their activations.
+
+        Raises:
+            ValueError: a block head reads the backbone's K/V, which a recomputed block does not keep.
+        """
+        if self.exits.shares_kv:
+            raise ValueError(
+                "gradient checkpointing keeps no K/V for `head_kv`='shared'; use head_kv 'own', or no checkpointing"
+            )
         self.view.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def save_pretrained(self, folder: str | Path, **kwargs) -> None:

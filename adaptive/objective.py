@@ -19,7 +19,7 @@ from adaptive.exits import Exits
 from adaptive.kv import SharedKV, TrainingKV, replace_cache
 
 CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
-GATE_SHARE = 8  # while exits still move, gates train on one position in this many
+GATE_SHARE = 8  # while exits still move, gates learn from one column of tokens in this many
 PRIOR_PACE = 0.05  # of the running frequency of "no harm"
 
 
@@ -100,8 +100,10 @@ def joint_loss(
         )
         states, final, calls = full_states(view, input_ids, attention_mask, model.depths, cache, drop)
     teacher = final if frozen else model.teacher_states(input_ids, attention_mask)
+    if not (labels[:, 1:] != -100).any():
+        return _nothing(model), {}
     targets = _targets(model.teacher_view, teacher, labels, config.top_k)
-    count = max(int(targets.keep.sum()), 1)
+    count = len(targets.normed)
     total = count if num_items is None else num_items
     ids, log_weight = losses.candidates(
         targets.top, view.vocab_size, config.negatives, generator, targets.labels if config.cross_entropy else None
@@ -109,9 +111,10 @@ def joint_loss(
     compare = _Comparison(view, model.teacher_view, targets, config, ids, log_weight)
     weights = _weights(model, config)
     metrics, loss = {}, final.new_zeros((), dtype=torch.float32)
-    picked = _gate_positions(count, model, generator, input_ids.device)
-    stay = torch.ones(len(picked), device=input_ids.device)
-    expected = torch.zeros(len(picked), device=input_ids.device)
+    picked = _gate_positions(targets.keep, model)
+    scale = 1 if not model.training or model.gates_only else GATE_SHARE
+    pace = PRIOR_PACE * min(float(count / total), 1.0) if model.training else 0.0
+    stay, expected = torch.ones(len(picked), device=final.device), torch.zeros(len(picked), device=final.device)
     for index, depth in enumerate(model.depths):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not model.gates_only):
             normed = targets.pick(exit_features(view, exits, index, depth, states[index], calls, cache))
@@ -119,18 +122,13 @@ def joint_loss(
                 exit_loss = compare(normed).sum()
                 loss = loss + weights[index] * exit_loss / total
                 metrics[f"exit_{depth}/loss"] = exit_loss.detach() / count
-        gate_loss, scores = _gate_loss(
-            model,
-            index,
-            targets,
-            targets.pick(states[index])[picked].detach(),
-            normed[picked].detach(),
-            picked,
-            metrics,
-        )
-        loss = loss + gate_loss * (count / max(len(picked), 1)) / total
+        with torch.no_grad():
+            said = exits.said(view, index, normed[picked], CHUNK, ids if model.training else None)
+        gate_loss, scores = _gate_loss(model, index, targets, states[index], said, picked, pace, metrics)
+        loss = loss + gate_loss * scale / total
         expected, stay = expected + stay * scores * depth, stay * (1 - scores)
-    metrics["expected_depth"] = (expected + stay * view.num_layers).mean()
+    if len(picked):
+        metrics["expected_depth"] = (expected + stay * view.num_layers).mean()
     if not frozen and not model.gates_only:
         own = compare(targets.pick(final)).sum()
         metrics["final/kl"] = own.detach() / count
@@ -176,8 +174,6 @@ def _targets(view: Backbone, normed: Tensor, labels: Tensor, top_k: int) -> Targ
     keep = labels[:, 1:] != -100
     picked = normed[:, :-1][keep]
     tops = [view.logits(chunk).topk(min(top_k, view.vocab_size)) for chunk in picked.split(CHUNK)]
-    if not tops:
-        tops = [picked.new_zeros(0, min(top_k, view.vocab_size)).topk(min(top_k, view.vocab_size))]
     return Targets(
         keep,
         picked,
@@ -203,33 +199,48 @@ def _dropped(layers: int, batch: int, p_max: float, generator: torch.Generator, 
     return torch.rand(layers, batch, generator=generator, device=device) < rates[:, None]
 
 
-def _gate_positions(count: int, model, generator: torch.Generator, device) -> Tensor:
-    """Returns the positions [n] that gates learn from: all of them once exits stand still, a sample before."""
+def _gate_positions(keep: Tensor, model) -> Tensor:
+    """Returns the labelled positions [n] that gates learn from: all of them once exits stand still, before that every
+    `GATE_SHARE`th column, another one in each step; so micro-batches see what the whole batch would."""
     if not model.training or model.gates_only:
-        return torch.arange(count, device=device)
-    return torch.randperm(count, generator=generator, device=device)[: max(count // GATE_SHARE, 1)]
+        return torch.arange(int(keep.sum()), device=keep.device)
+    columns = (torch.arange(keep.shape[1], device=keep.device) + model.step) % GATE_SHARE == 0
+    return (keep & columns)[keep].nonzero()[:, 0]
 
 
 def _gate_loss(
-    model, index: int, targets: Targets, state: Tensor, normed: Tensor, picked: Tensor, metrics: dict
+    model, index: int, targets: Targets, states: Tensor, said: Tensor, picked: Tensor, pace: float, metrics: dict
 ) -> tuple[Tensor, Tensor]:
-    """Returns the summed loss of one gate and its scores [n]; writes the exit's agreement and the gate's metrics."""
+    """Returns the summed loss of one gate and its scores [n]; writes the exit's agreement and the gate's metrics.
+
+    Args:
+        states: [batch, tokens, hidden] at the exit's depth.
+        said: [n], what the exit says at the picked positions.
+        picked: [n], of the labelled positions.
+        pace: share by which the running frequency of "no harm" moves to this batch's; 0 leaves it.
+    """
     gate, depth = model.exits.gates[index], model.depths[index]
+    state = targets.pick(states)[picked].detach()
+    none = state.new_zeros(len(state), dtype=torch.float32)
     if not len(state):
-        return state.sum() * 0.0, state.new_zeros(len(picked))
+        return none.sum(), none
     with torch.no_grad():
-        said = model.exits.said(model.view, index, normed, CHUNK)
         lost = targets.best[picked] - model.teacher_view.logit_of(targets.normed[picked], said)
         no_harm = ~losses.harm(lost, model.loss_config.tolerance)
         metrics[f"exit_{depth}/agreement"] = (said == targets.top[picked, 0]).float().mean()
         metrics[f"exit_{depth}/no_harm"] = no_harm.float().mean()
     if not gate.learned:
-        return state.sum() * 0.0, state.new_zeros(len(state), dtype=torch.float32)
-    if model.training:
-        gate.prior.lerp_(no_harm.float().mean().clamp(0.001, 0.999), PRIOR_PACE)
+        return none.sum(), none
+    if pace:
+        gate.prior.lerp_(no_harm.float().mean().clamp(0.001, 0.999), pace)
     loss = losses.gate_loss(gate(state), no_harm, gate.prior)
     with torch.no_grad():
         scores = gate.score(state)
         metrics[f"exit_{depth}/gate_loss"] = loss.detach().mean()
         metrics[f"exit_{depth}/gate_ece"] = losses.calibration_error(scores, no_harm)
     return loss.sum(), scores
+
+
+def _nothing(model) -> Tensor:
+    """Returns a loss of 0 that every trainable parameter takes part in, for a batch without a label."""
+    return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros(()))

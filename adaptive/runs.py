@@ -146,7 +146,7 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(fresh, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"could not write {path}: {error}. What was there is untouched; make room, then --resume"
+            f"could not write {path}: {error}. What was there is untouched; make room, and run it again"
         ) from error
     finally:
         fresh.unlink(missing_ok=True)

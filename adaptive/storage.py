@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -64,9 +65,10 @@ def save(model, folder: Path) -> None:
             "backbone": source,
             "mode": model.mode,
             "backbone_digest": digest(model.view.inner),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "exits_sha256": _sha256(fresh / WEIGHTS),
             "exits": model.exit_config.to_dict(),
-            "loss": model.loss_config.to_dict(),
+            "loss": asdict(model.loss_config),
         }
         (fresh / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
         if model.certificate is not None:
@@ -108,7 +110,7 @@ def load(cls, folder: str, backbone: nn.Module | None, kwargs: dict):
         backbone = _load_backbone(path, record, kwargs)
     elif kwargs:
         raise ValueError(f"{sorted(kwargs)} only go without a loaded backbone")
-    model = cls(backbone, ExitConfig.from_dict(record["exits"]), LossConfig.from_dict(record["loss"])).eval()
+    model = cls(backbone, ExitConfig.from_dict(record["exits"]), LossConfig(**record["loss"])).eval()
     _fill(model.exits, tensors)
     if digest(model.view.inner) != record["backbone_digest"]:
         logger.warning(
@@ -147,7 +149,7 @@ def _read_config(path: Path) -> dict:
         record = json.loads((path / CONFIG).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path / CONFIG}' is not JSON ({error}); save the model again") from None
-    missing = {"format", "backbone", "mode", "backbone_digest", "exits_sha256", "exits", "loss"} - set(record)
+    missing = {"format", "backbone", "mode", "backbone_digest", "exits_sha256", "dtype", "exits", "loss"} - set(record)
     if missing:
         raise ValueError(f"'{path / CONFIG}' lacks {sorted(missing)}; save the model again")
     if record["format"] > FORMAT:
@@ -171,6 +173,7 @@ def _read_weights(path: Path, record: dict) -> dict:
 
 def _load_backbone(path: Path, record: dict, kwargs: dict) -> nn.Module:
     name = record["backbone"]
+    kwargs = {"dtype": record["dtype"], **kwargs}
     backbone = AutoModelForCausalLM.from_pretrained(path if name is None else resolve(name), **kwargs)
     backbone.name_or_path = str(path) if name is None else name
     if (path / "adapter_config.json").exists():

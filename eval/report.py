@@ -3,17 +3,17 @@
     python eval/report.py --run runs/demo --prompts runs/demo/text/prompts.json
 
 Prompts are a .json file of {"select": [...], "certify": [...], "report": [...]} (as train/text.py writes). Full depth
-and every certificate of train/calibrate.py answer the `report` part, and the full model judges each token. In RUN/report:
+and every certificate of train/calibrate.py answer the `report` part; the full model judges each token. In RUN/report:
 
     report.md      a table, one row per operating point, and one answer at full depth and with early exits
     frontier.png   harm against FLOPs: the trained exits, raw exits, and what was measured
     answer.html    the answer, each token coloured by the depth it took
-    report.json    every figure and where it comes from
+    report.json    every figure, and where it comes from
     parts/         finished measurements; an interrupted run goes on after the last one
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from adaptive.config import Checked, load_config
 
@@ -25,25 +25,21 @@ class ReportConfig(Checked):
     Attributes:
         run: folder of the trained and calibrated model
         prompts: .json file with the parts select, certify and report
-        max_new_tokens: length of the answers; none = the length that was certified
-        batch_size: rows generated at once
         raw_prompts: number of selection prompts on which raw exits are surveyed
-        speed_prompts: number of report prompts that are timed, one by one
+        speed_prompts: number of report prompts that are timed, those with the longest answers
         speed_tokens: tokens generated for each of them
     """
 
     run: str
     prompts: str
-    max_new_tokens: int | None = None
-    batch_size: int = 32
     raw_prompts: int = 24
     speed_prompts: int = 4
     speed_tokens: int = 48
 
     def problems(self) -> list[str]:
         """One line for each fault."""
-        found = self._below(1, "max_new_tokens", "batch_size", "raw_prompts", "speed_prompts")
-        return found + self._below(2, "speed_tokens")
+        found = self._below(1, "raw_prompts", "speed_prompts") + self._below(2, "speed_tokens")
+        return found if self.prompts.endswith(".json") else [*found, f"`prompts` is {self.prompts}; give a .json file"]
 
 
 if __name__ == "__main__":
@@ -52,19 +48,16 @@ if __name__ == "__main__":
         print(__doc__)
     CONFIG = load_config(cls=ReportConfig)
 
-import colorsys
 import html
 import json
-import math
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -82,223 +75,276 @@ from adaptive.prompts import encode
 from adaptive.runs import put, write_json
 from adaptive.storage import model_digest
 
-FULL = "full depth"
+FULL = "full-depth"
+# Of each exit, in a terminal and in a browser; a seventh exit begins again. The full depth has none.
+COLOURS = [(208, "#ff8700"), (39, "#00afff"), (42, "#00d787"), (170, "#d75fd7"), (178, "#d7af00"), (203, "#ff5f5f")]
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>One answer, twice</title>
+<style>:root{color-scheme:light dark} body{font:16px/1.6 system-ui;max-width:50em;margin:2em auto;padding:0 1em}
+pre{white-space:pre-wrap;font:inherit}</style><h1>One answer, twice</h1>ANSWERS</html>"""
 
 
 @dataclass
 class Job:
-    """What every measurement needs.
-
-    Attributes:
-        model, tokenizer: of the run.
-        certificates: by name, such as "risk-0.02".
-        policies: by name, the full depth first.
-        prompts: the parts as they were given.
-        ids: token ids of the report prompts.
-        harm, tolerance, max_new_tokens, batch_size: as in `certify.calibrate`.
-        made_with: what makes a finished part of this report usable again.
-        parts: folder of the finished parts.
-    """
+    """What every measurement needs."""
 
     model: EarlyExitModel
     tokenizer: object
-    certificates: dict[str, Certificate]
-    policies: dict[str, ExitPolicy]
-    prompts: dict[str, list]
-    ids: list[list[int]]
-    harm: str
-    tolerance: float
-    max_new_tokens: int
-    batch_size: int
-    made_with: dict
-    parts: Path
+    certificates: dict[str, dict]  # by name, such as "risk-0.02"; an infinite threshold is null
+    policies: dict[str, ExitPolicy]  # by name, full depth first
+    selection: list[list[int]]  # token ids of the prompts that chose the thresholds
+    prompts: list[list[int]]  # token ids of the report prompts
+    settings: dict  # of train/calibrate.py
+    made_with: dict  # what a finished part must have been made with
+    parts: Path  # folder of the finished parts
 
 
 def main(config: ReportConfig) -> dict:
-    """Writes the report and returns what report.json holds."""
-    folder = Path(config.run) / "report"
-    job = prepared(config, folder / "parts")
-    points = {}
-    for name, policy in tqdm(job.policies.items(), desc="operating points", unit="point"):
-        reference = points[FULL]["answers"] if points else None
-        points[name] = part(job, name.replace(" ", "-"), {"thresholds": strict(policy.thresholds)},
-                            lambda p=policy, r=reference: measured(job, p, r))  # fmt: skip
-    order = sorted(range(len(job.ids)), key=lambda i: -len(points[FULL]["answers"][i]))[: config.speed_prompts]
-    threads = {"threads": torch.get_num_threads(), "machine": machine()}
-    asked = {"prompts": order, "tokens": config.speed_tokens, "points": list(map(strict, thresholds_of(job)))}
-    speed = part(job, "speed", asked | threads, lambda: timed(job, [job.ids[i] for i in order], config.speed_tokens))
-    chosen = job.prompts["select"][: config.raw_prompts]
-    about = {"selection": digest(repr(chosen).encode())}
-    raw = part(job, "raw", about, lambda: {"line": raw_line(job, encode(chosen, job.tokenizer))})
-    lines = {"trained": trained_line(job, Path(config.run)), "raw": raw["line"]}
-    shown = answer_shown(job, points)
-    report = {**provenance(job, config), **threads, "n": len(job.ids), "harm": job.harm, "tolerance": job.tolerance,
-              "max_new_tokens": job.max_new_tokens, "floor": points[FULL]["disagreement"], "lines": lines,
-              "raw_prompts": len(chosen), "points": [row(job, n, p, speed, points[FULL]) for n, p in points.items()],
-              "shown": shown}  # fmt: skip
-    drawn = frontier_figure(report, [p["harms"] for p in points.values()])
-    put(folder / "frontier.png", lambda fresh: drawn.savefig(fresh, format="png", dpi=150))
-    put(folder / "answer.html", lambda fresh: fresh.write_text(answer_page(shown), encoding="utf-8"))
-    text = "\n".join(["# Report", "", table(report), "", notes(report), "", "![frontier](frontier.png)", ""])
-    put(folder / "report.md", lambda fresh: fresh.write_text(text + answers_text(shown, False), encoding="utf-8"))
+    """Writes the report; returns what report.json holds."""
+    job, folder, points = prepared(config), Path(config.run) / "report", {}
+    report, names = provenance(job), job.certificates
+    for name in tqdm(job.policies, desc="operating points", unit="point"):
+        points[name] = part(job, name, {"certificate": names.get(name)}, measured, job.policies[name], points.get(FULL))
+    longest = sorted(range(len(job.prompts)), key=lambda i: -len(points[FULL]["answers"][i]))[: config.speed_prompts]
+    about = {"timed": longest, "tokens": config.speed_tokens, "points": names, "machine": report["machine"]}
+    speed = part(job, "speed", about, timed, [job.prompts[i] for i in longest], config.speed_tokens)
+    chosen = job.selection[: config.raw_prompts]
+    raw = part(job, "raw-exits", {"surveyed": len(chosen)}, raw_line, chosen)["line"]
+    survey = certify.Survey(**load_file(Path(config.run) / "calibration" / "survey.safetensors"))
+    trained, count = frontier_line(survey, job.model, job.settings), len(job.selection)
+    report["lines"] = {
+        f"trained exits, {count} selection prompts": trained,
+        f"raw exits, first {len(chosen)} of them": raw,
+    }
+    report["points"] = [{"name": n, "certificate": names.get(n), **p["figures"], **speed[n]} for n, p in points.items()]
+    report["shown"] = shown = answer_shown(job, points)
+    summary, web = f"{table(report)}\n\n{notes(report)}", PAGE.replace("ANSWERS", painted(shown, "html"))
+    text = f"# Report\n\n{summary}\n\n![Harm against FLOPs](frontier.png)\n\n````\n{painted(shown, 'plain')}\n````\n"
+    put(folder / "frontier.png", lambda fresh: frontier(report).savefig(fresh, format="png", dpi=150))
+    put(folder / "answer.html", lambda fresh: fresh.write_text(web, encoding="utf-8"))
+    put(folder / "report.md", lambda fresh: fresh.write_text(text, encoding="utf-8"))
     write_json(folder / "report.json", report)
-    print(f"\n{table(report)}\n\n{notes(report)}\n\n{answers_text(shown, coloured())}\n\nAll of it is in {folder}")
+    style = "ansi" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "plain"
+    print(f"\n{summary}\n\n{painted(shown, style)}\n\nAll of this is in {folder}")
     return report
 
 
-def prepared(config: ReportConfig, parts: Path) -> Job:
-    """Returns the job; refuses what it cannot report on, before anything is measured."""
-    found = Path(config.run) / "calibration"
-    paths = sorted([*found.glob("risk-*.json"), *found.glob("budget-*.json")], key=lambda path: (
-        path.stem.startswith("budget"), float(path.stem.split("-", 1)[1])))  # fmt: skip
-    if missing := [name for name in ("settings.json", "survey.safetensors") if not (found / name).exists()] + (
-        [] if paths else ["certificates"]
-    ):
-        raise ValueError(f"{found} lacks {', '.join(missing)}; run train/calibrate.py --run {config.run} first")
-    prompts = json.loads(Path(config.prompts).read_text())
+def prepared(config: ReportConfig) -> Job:
+    """Returns the job; refuses what cannot be reported on before anything is measured."""
+    found, parts = Path(config.run) / "calibration", Path(config.run) / "report" / "parts"
+    paths = sorted(found.glob("risk-*.json")) + sorted(found.glob("budget-*.json"), reverse=True)
+    if not paths or not all((found / name).exists() for name in ("settings.json", "survey.safetensors")):
+        raise ValueError(f"{found} holds no certificates with their survey; run train/calibrate.py first")
+    prompts, settings = (json.loads(Path(path).read_text()) for path in (config.prompts, found / "settings.json"))
     if missing := [name for name in ("select", "certify", "report") if not prompts.get(name)]:
-        raise ValueError(f"`prompts`={config.prompts} lacks {missing}; it has {sorted(prompts)}; train/text.py writes all")
+        raise ValueError(f"`prompts`={config.prompts} lacks {missing}; it has {sorted(prompts)}; add what is missing")
     if both := {str(p) for p in prompts["report"]} & {str(p) for p in prompts["select"] + prompts["certify"]}:
-        raise ValueError(f"{len(both)} prompts in `report` of {config.prompts} are in `select` or `certify` too, such as "
-                         f"{sorted(both)[0][:60]!r}; what chose or certified cannot report: remove them")  # fmt: skip
-    settings = json.loads((found / "settings.json").read_text())
+        raise ValueError(f"`report` of {config.prompts} has {len(both)} prompts of `select` or `certify`; remove these")
     model = EarlyExitModel.from_pretrained(config.run, dtype="float32")
-    certificates, weights = {path.stem: Certificate.load(path) for path in paths}, model_digest(model)
-    problems = [f"{name}: {warning}" for name, c in certificates.items() if (warning := c.check(weights))]
-    problems += [f"{name} is of harm {c.harm}, the calibration of {settings['harm']}" for name, c in certificates.items()
-                 if c.harm != settings["harm"]]  # fmt: skip
-    if problems:
-        raise ValueError("; ".join(problems) + f"; run train/calibrate.py --run {config.run} again")
-    tokenizer = certify.load_tokenizer(model)
-    ids = encode(prompts["report"], tokenizer)
-    new = config.max_new_tokens or settings["max_new_tokens"]
-    made_with = {"model": weights, "prompts": digest(repr(ids).encode()), "max_new_tokens": new, "torch": version("torch"),
-                 "batch_size": config.batch_size, "harm": settings["harm"], "tolerance": settings["tolerance"]}  # fmt: skip
-    policies = {FULL: ExitPolicy.full(model.num_exits)} | {n: ExitPolicy(c.thresholds) for n, c in certificates.items()}
-    return Job(model, tokenizer, certificates, policies, prompts, ids, settings["harm"], settings["tolerance"], new,
-               config.batch_size, made_with, parts)  # fmt: skip
+    weights, tokenizer = model_digest(model), certify.load_tokenizer(model)
+    if warnings := [f"{path}: {warning}" for path in paths if (warning := Certificate.load(path).check(weights))]:
+        raise ValueError("; ".join(warnings) + "; run train/calibrate.py again")
+    certificates = {path.stem: json.loads(path.read_text()) for path in paths}
+    policies = {FULL: ExitPolicy.full(model.num_exits)} | {
+        n: ExitPolicy(c["thresholds"]) for n, c in certificates.items()
+    }
+    selection, ids = (encode(prompts[name], tokenizer) for name in ("select", "report"))
+    made_with = {"prompts": digest(repr([selection, ids]).encode()), "settings": settings, "torch": torch.__version__}
+    return Job(model, tokenizer, certificates, policies, selection, ids, settings, made_with, parts)
 
 
-def part(job: Job, name: str, about: dict, make: Callable[[], dict]) -> dict:
-    """Returns a finished part of the report from its file, or makes it and writes the file."""
+def part(job: Job, name: str, about: dict, make, *args) -> dict:
+    """Returns `make(job, *args)`; from its file, if it was made with the same before."""
     path, made_with = job.parts / f"{name}.json", job.made_with | about
-    if path.exists() and (found := json.loads(path.read_text())).pop("made_with") == made_with:
-        return found
-    found = make()
-    write_json(path, {"made_with": made_with, **found})
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("made_with") != made_with:
+        found = make(job, *args) | {"made_with": made_with}
+        write_json(path, found)
     return found
 
 
-def strict(values) -> list:
-    """Returns numbers as strict JSON has them: null for infinity."""
-    return [None if math.isinf(value) else float(value) for value in values]
-
-
-def thresholds_of(job: Job) -> list[tuple]:
-    """Returns the thresholds of every policy."""
-    return [policy.thresholds for policy in job.policies.values()]
-
-
-def measured(job: Job, policy: ExitPolicy, reference: list | None) -> dict:
-    """Returns what free generation under a policy costs and does; `reference` are the full depth's answers, None for
-    the full depth itself."""
-    outcome = certify.observe(job.model, job.ids, policy, job.max_new_tokens, job.batch_size)
-    reference = outcome.answers if reference is None else reference
-    harms = certify.loss_per_prompt(job.harm, job.tolerance, outcome, reference)
-    price, trace = job.model.costs.price(outcome.trace), outcome.trace
-    rouge = [rouge_l(ours, full) for ours, full in zip(outcome.answers, reference, strict=True)]
-    return {
-        "mean_harm": float(harms.mean()),
-        "standard_error": float(harms.std(ddof=1) / math.sqrt(len(harms))) if len(harms) > 1 else 0.0,
+def measured(job: Job, policy: ExitPolicy, full: dict | None) -> dict:
+    """Returns what free generation costs and does; `full`: the same of the full depth, None for itself."""
+    harm, tolerance, *sizes = (job.settings[name] for name in ("harm", "tolerance", "max_new_tokens", "batch_size"))
+    outcome = certify.observe(job.model, job.prompts, policy, *sizes)
+    said, trace, price = outcome.answers, outcome.trace, job.model.costs.price(outcome.trace)
+    reference, perplexity = full["answers"] if full else said, float(np.exp(np.nanmean(outcome.nll)))
+    harms = certify.loss_per_prompt(harm, tolerance, outcome, reference)
+    figures = {
+        "harm": float(harms.mean()),
+        "standard_error": float(harms.std(ddof=len(harms) > 1) / np.sqrt(len(harms))),
         "disagreement": float((outcome.regret[~np.isnan(outcome.regret)] > 0).mean()),
-        "rouge_l": float(np.mean(rouge)),
-        "perplexity": float(np.exp(np.nanmean(outcome.nll))),
+        "rouge_l": float(np.mean([rouge_l(*pair) for pair in zip(said, reference, strict=True)])),
+        "perplexity": perplexity,
+        "relative_perplexity": perplexity / full["figures"]["perplexity"] if full else 1.0,
         "mean_depth": trace.mean_depth,
         "shares": trace.shares,
-        "tokens": int(trace.valid.sum()),
         "relative_flops": price.relative_flops,
-        "relative_bytes": price.relative_bytes,
         "saved": price.saved,
-        "harms": harms.tolist(),
-        "answers": outcome.answers,
-        "taken": [taken[valid].tolist() for taken, valid in zip(trace.taken, trace.valid, strict=True)],
     }
-
-
-class Clock:
-    """A streamer that notes when each token came; the prompt counts as the first."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, ids: torch.Tensor) -> None:
-        """Notes the time."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Does nothing."""
+    return {"figures": figures, "answers": said, "taken": [row[row >= 0].tolist() for row in trace.taken]}
 
 
 def timed(job: Job, prompts: list[list[int]], tokens: int) -> dict:
-    """Returns tokens/s of every policy on every prompt, in turn, alone in the batch; the prefill is left out."""
-    pad = job.model.generation_config.pad_token_id or 0
-
-    def rate(policy: ExitPolicy, prompt: list[int], tokens: int) -> float:
-        ids, clock = torch.tensor([prompt], device=job.model.device), Clock()
-        # Every run makes the same number of tokens, so that none is timed on a shorter context.
-        job.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                           min_new_tokens=tokens, pad_token_id=pad, policy=policy, streamer=clock)  # fmt: skip
-        return (tokens - 1) / (clock.times[-1] - clock.times[1])
-
-    for policy in job.policies.values():
-        rate(policy, prompts[0], min(8, tokens))
+    """Returns decoded tokens/s at batch 1, prefill left out: of every policy in turn, on one prompt after the other."""
     rates = {name: [] for name in job.policies}
-    with tqdm(total=len(prompts) * len(rates), desc="timing", unit="run") as bar:
-        for prompt in prompts:
-            for name, policy in job.policies.items():
-                rates[name].append(rate(policy, prompt, tokens))
-                bar.update()
-    return {"tokens_per_second": rates}
+    rounds = [(prompt, name) for prompt in [prompts[0], *prompts] for name in rates]  # the first one warms up
+    for prompt, name in tqdm(rounds, desc="timing", unit="answer"):
+        times, ids = [], torch.tensor([prompt], device=job.model.device)
+        clock = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None)
+        # The same number of tokens from everyone: a short answer would be timed on shorter contexts.
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "policy": job.policies[name]}
+        job.model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+        rates[name].append((tokens - 1) / (times[-1] - times[1]))  # the prompt was put first
+    ratios = {name: np.divide(rates[name], rates[FULL])[1:] for name in rates}
+    spread = {name: [float(of(ratio)) for of in (np.median, np.min, np.max)] for name, ratio in ratios.items()}
+    return {name: {"tokens_per_second": rates[name][1:], "relative_speed": spread[name]} for name in rates}
 
 
-def trained_line(job: Job, run: Path) -> list:
-    """Returns the frontier of the run's exits on its survey; see `frontier_line`."""
-    arrays = load_file(run / "calibration" / "survey.safetensors")
-    return frontier_line(certify.Survey(**{**arrays, "full_cost": float(arrays["full_cost"])}), job)
+def raw_line(job: Job, prompts: list[list[int]]) -> dict:
+    """Returns the frontier of untrained exits at the same depths: final norm, LM head, its largest probability."""
+    depths, exits, last = list(job.model.depths), job.model.exits, job.model.view.num_layers
+    sizes = [len(exits.shortlist(index)) if depth == last else None for index, depth in enumerate(depths)]
+    settings = {"head": "norm", "gate": "max_prob", "shortlist": sizes, "blocks": job.model.exit_config.blocks}
+    raw = EarlyExitModel.from_backbone(job.model.backbone, ExitConfig(depths, **settings))
+    if sizes[-1]:
+        setattr(raw.exits, f"shortlist_{len(sizes) - 1}", exits.shortlist(len(sizes) - 1))
+    survey = certify.survey(raw, prompts, job.settings["max_new_tokens"], job.settings["batch_size"])
+    return {"line": frontier_line(survey, raw, job.settings)}
 
 
-def raw_line(job: Job, ids: list[list[int]]) -> list:
-    """Returns the frontier of untrained exits at the same depths: final norm, LM head, largest probability as score."""
-    model, exits = job.model, job.model.exits
-    shortlists = [None if depth < model.view.num_layers else len(exits.shortlist(index))
-                  for index, depth in enumerate(model.depths)]  # fmt: skip
-    raw = EarlyExitModel.from_backbone(model.backbone, ExitConfig(
-        depths=list(model.depths), head="norm", gate="max_prob", shortlist=shortlists, blocks=model.exit_config.blocks))
-    for index in [index for index, size in enumerate(shortlists) if size]:
-        setattr(raw.exits, f"shortlist_{index}", exits.shortlist(index))
-    return frontier_line(certify.survey(raw, ids, job.max_new_tokens, job.batch_size), job, raw)
-
-
-def frontier_line(found: certify.Survey, job: Job, model: EarlyExitModel | None = None) -> list:
-    """Returns undominated [relative FLOPs, harm per token], cheapest first, full depth the last.
-
-    The survey asks every gate; here an exit that is never taken is not asked, and costs nothing.
-    """
-    costs, harms, ladder = (model or job.model).costs, found.harms(job.harm, job.tolerance), []
+def frontier_line(found: certify.Survey, model: EarlyExitModel, settings: dict) -> list:
+    """Returns undominated [relative FLOPs, harm] of a survey, cheapest first; an exit nobody takes costs nothing."""
+    harms, ladder = found.harms(settings["harm"], settings["tolerance"]), []
+    costs, count, priced, points = model.costs, model.num_exits, {}, [(1.0, 0.0)]
     while not ladder or ladder[-1] < found.costs[:, -1].max():
         ladder.append(costs.by_exit(len(ladder) + 1)[-1])
-    contexts, count = 1 + np.searchsorted(ladder, found.costs[:, -1]), harms.shape[1]
-    priced, points = {}, [(1.0, 0.0)]
-    for exits in [list(range(count))] + [[index] for index in range(count) if count > 1]:
+    # The survey does not keep the contexts; they are read off the costs.
+    contexts, back = np.unique(1 + np.searchsorted(ladder, found.costs[:, -1]), return_inverse=True)
+    for exits in [list(range(count)), *([index] for index in range(count))]:
         arrays = found.scores[:, exits], harms[:, exits], found.costs[:, [*exits, count]]
         for point in ranking.frontier(*arrays, found.full_cost, found.rows):
             thresholds = np.full(count, np.inf)
             thresholds[exits] = point.thresholds
             asked = tuple(thresholds < np.inf)
             if asked not in priced:
-                table = {context: costs.by_exit(context, asked) for context in np.unique(contexts)}
-                priced[asked] = np.stack([table[context] for context in contexts])
+                priced[asked] = np.stack([costs.by_exit(context, asked) for context in contexts])[back]
             harm, cost = ranking.predicted(thresholds, found.scores, harms, priced[asked], found.rows)
-            points.append((cost / found.full_cost, float(harm.mean())))
-    points = sorted(points)
+            points.append((float(cost / found.full_cost), float(harm.mean())))
+    points.sort()
     return [list(p) for i, p in enumerate(points) if all(p[1] < cheaper[1] - 1e-12 for cheaper in points[:i])]
+
+
+def table(report: dict) -> str:
+    """Returns the operating points as a Markdown table."""
+    names = ["target", "certified harm", f"thresholds at {report['exits']['depths']}", "mean depth", "FLOPs/token"]
+    names += ["saved by depth, shortlist, rest", "tokens/s", "harm ± s.e.", "ROUGE-L", "perplexity"]
+    rows = [names, ["---"] * len(names)]
+    for point, certificate in ((point, point["certificate"]) for point in report["points"]):
+        bound = f"<= {certificate['certified']:.4f}" if certificate else "-"
+        cuts = ["never" if t is None else f"{t:.3f}" for t in certificate["thresholds"]] if certificate else "-"
+        row = [point["name"], bound, ", ".join(cuts), f"{point['mean_depth']:.1f}", f"{point['relative_flops']:.3f}"]
+        row += [", ".join(f"{100 * share:.1f} %" for share in point["saved"].values())]
+        row += ["{:.2f} ({:.2f}-{:.2f})".format(*point["relative_speed"])]
+        row += [f"{point['harm']:.4f} ± {point['standard_error']:.4f}", f"{point['rouge_l']:.3f}"]
+        rows += [[*row, f"{point['relative_perplexity']:.3f}"]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def notes(report: dict) -> str:
+    """Returns how the figures of the table are to be read."""
+    settings, full, where = report["calibration"], report["points"][0], report["machine"]
+    rate, rounds = np.median(full["tokens_per_second"]), len(full["tokens_per_second"])
+    return f"""\
+Free greedy generation, up to {settings["max_new_tokens"]} tokens for each of {report["prompts"]} held-out prompts.
+FLOPs, tokens/s and perplexity (of the answers, under the full model: {full["perplexity"]:.2f} at full depth) are
+relative to full depth; ROUGE-L is against its answers. Harm: {report["harm"]}; each bound holds with probability
+{1 - settings["delta"]:g}. Floor: full depth strictly disagrees with itself, decoding against one pass, on
+{full["disagreement"]:.2%} of tokens. tokens/s: decoding at batch 1, median (range) of {rounds} interleaved rounds;
+full depth {rate:.1f}, {where["threads"]} of {where["cores"]} threads, {where["cpu"]}."""
+
+
+def frontier(report: dict) -> Figure:
+    """Returns the picture of harm against FLOPs."""
+    figure, (full, *points) = Figure(figsize=(8, 5.2), layout="constrained"), report["points"]
+    axes = figure.subplots()
+    for (name, line), style in zip(report["lines"].items(), ({"color": "#0072b2"}, {"color": "#888", "ls": "--"})):
+        axes.plot(*np.transpose(line), **style, marker=".", drawstyle="steps-post", label=name)
+    x, y, errors = ([point[key] for point in points] for key in ("relative_flops", "harm", "standard_error"))
+    label = f"certified, measured on {report['prompts']} other prompts (± standard error)"
+    axes.errorbar(x, y, errors, fmt="o", color="#d55e00", capsize=3, label=label)
+    for index, (point, *place) in enumerate(zip(points, x, y)):
+        axes.annotate(point["name"], place, (8, 5 - 16 * (index % 2)), textcoords="offset points", fontsize=8)
+    axes.plot(1, full["harm"], "k*", markersize=12, label=FULL, clip_on=False, zorder=5)
+    ticks = [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set(ylim=(0, 1), yticks=ticks, yticklabels=ticks, xlabel="FLOPs per token, relative to full depth")
+    axes.set(ylabel=f"mean harm ({report['harm']})", title=f"{Path(report['model']).name}: harm against FLOPs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def answer_shown(job: Job, points: dict) -> dict:
+    """Returns the longest answer with early exits, of the cheapest point certified to a risk, token by token."""
+    layers, early = job.model.view.num_layers, job.model.num_exits
+    figures = {name: points[name]["figures"] for name in job.certificates}
+    worth = {n: (f["shares"][-1] == 1, n.startswith("budget"), f["relative_flops"]) for n, f in figures.items()}
+    best = min(worth, key=worth.get)
+    index = max(range(len(job.prompts)), key=lambda i: (min(taken := points[best]["taken"][i]) < early, len(taken)))
+    marks = [f"{depth}, shortlist" if depth == layers else str(depth) for depth in job.model.depths] + [str(layers)]
+    shown = {"index": index, "prompt": job.tokenizer.decode(job.prompts[index]), "marks": marks, "answers": {}}
+    for name in (FULL, best):
+        ids = points[name]["answers"][index]
+        # What each token adds to the text; a character of several tokens comes with its last one.
+        texts = [job.tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+        pieces = [longer[len(text) :] for text, longer in pairwise(texts)]
+        shown["answers"][name] = list(zip(pieces, points[name]["taken"][index], strict=True))
+    return shown
+
+
+def painted(shown: dict, style: str) -> str:
+    """Returns the answers as "plain" text with the depth before tokens that took it, in "ansi" colours, or "html"."""
+
+    def paint(exit: int, text: str) -> str:
+        mark, (code, back), full = shown["marks"][exit], COLOURS[exit % len(COLOURS)], exit == len(shown["marks"]) - 1
+        if style == "html":
+            return (
+                f'<span title="depth {mark}"{"" if full else f" style=background:{back}66"}>{html.escape(text)}</span>'
+            )
+        return f"[{mark}]{text}" if style == "plain" else text if full else f"\x1b[38;5;{code}m{text}\x1b[0m"
+
+    legend = ", ".join(paint(exit, f"depth {mark}") for exit, mark in enumerate(shown["marks"]))
+    prompt = html.escape(shown["prompt"]) if style == "html" else shown["prompt"]
+    parts = {"depths": legend, f"report prompt {shown['index']}": prompt}
+    for name, tokens in shown["answers"].items():
+        runs = groupby(tokens, key=lambda token: token[1])
+        parts[name] = "".join(paint(exit, "".join(piece for piece, _ in run)) for exit, run in runs)
+    form = "<h2>{}</h2><pre>{}</pre>" if style == "html" else "--- {}\n{}"
+    return "\n".join(form.format(name, text) for name, text in parts.items())
+
+
+def provenance(job: Job) -> dict:
+    """Returns where the figures come from."""
+    git = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.processor()])[0]
+    packages = [sys.modules[name] for name in ("torch", "transformers", "numpy", "matplotlib", "adaptive")]
+    unit = f" above {job.settings['tolerance']} nats" if job.settings["harm"] == "regret" else ""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit or None,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": str(job.model.view.inner.name_or_path),
+        "exits": job.model.exit_config.to_dict(),
+        "calibration": job.settings,
+        "harm": job.settings["harm"] + unit,
+        "prompts": len(job.prompts),
+        "prompts_digest": job.made_with["prompts"],
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": sys.version, **{package.__name__: package.__version__ for package in packages}},
+    }
+
+
+if __name__ == "__main__":
+    main(CONFIG)

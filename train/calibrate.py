@@ -88,7 +88,7 @@ def main(config: CalibrationConfig) -> list[Certificate]:
     """Writes and returns the certificates, one per target."""
     folder = Path(config.run) / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
-    model = EarlyExitModel.from_pretrained(config.run, dtype="float32")
+    model = EarlyExitModel.from_pretrained(config.run)
     selection, certifying = read_prompts(config)
     forget_other(folder, config, model_digest(model))
     found, certificates = None, []
@@ -164,17 +164,9 @@ def surveyed(model: EarlyExitModel, prompts: list, config: CalibrationConfig, pa
     except (FileNotFoundError, SafetensorError):
         ids = encode(prompts, certify.load_tokenizer(model))
         found = certify.survey(model, ids, config.max_new_tokens, config.batch_size)
-        arrays = {
-            "scores": found.scores,
-            "regret": found.regret,
-            "costs": found.costs,
-            "rows": found.rows,
-            "full_cost": np.array(found.full_cost),
-        }
+        arrays = {name: np.asarray(value) for name, value in vars(found).items()}
         put(path, lambda temporary: save_file(arrays, temporary))
-    return certify.Survey(
-        arrays["scores"], arrays["regret"], arrays["costs"], float(arrays["full_cost"]), arrays["rows"]
-    )
+    return certify.Survey(**arrays | {"full_cost": float(arrays["full_cost"])})
 
 
 def table(config: CalibrationConfig, certificates: list[Certificate]) -> str:

@@ -101,10 +101,10 @@ def main(config: TrainConfig, resume: bool = False) -> dict:
     done, main_process = run.progress["step"], accelerator.is_main_process
     if done == 0 and config.mode != "frozen":
         run.progress["perplexity_before"] = full_depth_perplexity(run)
+    start_trackers(run)
     if main_process:
         write_json(run.folder / "run.json", record_of(config))
         lines = Metrics(run.folder, done)
-    start_trackers(run)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=not main_process)
     for step in bar:
         metrics = train_step(run, step)
@@ -181,11 +181,7 @@ def build_model(config: TrainConfig, device: torch.device, mixed_precision: str)
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """Takes one optimizer step; returns the mean metrics over all its sequences, "loss" being the one minimised.
-
-    Raises:
-        FloatingPointError: the loss or the gradient is not finite; nothing was stepped or saved then.
-    """
+    """Takes one optimizer step, if loss and gradient are finite; returns the mean metrics over all its sequences."""
     config, accelerator, model = run.config, run.accelerator, run.prepared
     model.train()
     run.plain.step, run.plain.gates_only = step, step >= run.settled
@@ -287,9 +283,8 @@ def held_out_batches(run: Run, size: int):
 
 def checkpoint(run: Run, step: int) -> None:
     """Writes best/, if the held-out loss is the lowest so far, and then last/; neither if it is not finite."""
-    loss = run.progress["eval"]["loss"]
+    run.progress["step"], loss = step, run.progress["eval"]["loss"]
     stop_unless_finite(run, step - 1, "held-out loss", loss)
-    run.progress["step"] = step
     if run.progress["best"] is None or loss < run.progress["best"]:
         run.progress["best"] = loss
         save_model(run, run.folder / "best")
@@ -335,6 +330,7 @@ def record_of(config: TrainConfig) -> dict:
 def start_trackers(run: Run) -> None:
     """Raises ValueError when the tracker asked for is not installed."""
     record = record_of(run.config)
+    run.folder.mkdir(parents=True, exist_ok=True)
     flat = {name: value if isinstance(value, int | float) else str(value) for name, value in record.items()}
     run.accelerator.init_trackers("adaptive", config=flat, init_kwargs={"wandb": {"dir": run.config.output}})
     if run.config.log_with and run.accelerator.is_main_process and not run.accelerator.trackers:
@@ -343,10 +339,10 @@ def start_trackers(run: Run) -> None:
 
 def in_words(run: Run, step: int) -> str:
     """One line about an evaluation."""
-    values = run.progress["eval"]
-    text = f"step {step}, held out: loss {values['loss']:.3f}"
+    found = run.progress["eval"]
+    text = f"step {step}, held out: loss {found['loss']:.3f}"
     for depth in run.plain.depths:
-        text += f"; exit {depth}: {values[f'exit_{depth}/loss']:.3f} nats, agrees {values[f'exit_{depth}/agreement']:.3f}"
+        text += f"; exit {depth}: {found[f'exit_{depth}/loss']:.3f} nats, agrees {found[f'exit_{depth}/agreement']:.3f}"
     return text
 
 

@@ -1,0 +1,124 @@
+"""Calibration on a model: harm is what the full model says, certificates hold what they promise, too few refuse."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, tiny
+
+from adaptive import EarlyExitModel, ExitConfig, calibrate, certify, losses, outcomes
+from adaptive.policy import ExitPolicy
+
+NEW = 8
+
+
+class Tokenizer:
+    chat_template = None
+
+    def encode(self, text):
+        return [ord(c) % VOCAB for c in text]
+
+
+def questions(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (5 + i % 4,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.fixture
+def model(llama):
+    """Exits that are often right: the last block hardly changes the state."""
+    with torch.no_grad():
+        for layer in llama.model.layers[2:]:
+            layer.mlp.down_proj.weight.mul_(0.4)
+            layer.self_attn.o_proj.weight.mul_(0.4)
+    return EarlyExitModel.from_backbone(llama, ExitConfig(depths=[2, 3], gate="margin", head="norm"))
+
+
+def test_harm_is_judged_by_the_full_model_on_the_same_prefix(model):
+    asked = questions(5)
+    outcome = outcomes.observe(model, asked, ExitPolicy((0.02, 0.02)), NEW, batch_size=2)
+    assert len(set(outcome.trace.taken.flatten().tolist())) > 1
+    for row, (prompt, answer) in enumerate(zip(asked, outcome.answers, strict=True)):
+        logits = model.backbone(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = losses.regret(logits, torch.tensor(answer))
+        assert np.allclose(outcome.regret[row], expected.detach(), atol=1e-3)
+        nll = -logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        assert np.allclose(outcome.nll[row], nll.detach(), atol=1e-3)
+    assert (outcome.regret > 0.25).any()
+
+
+def test_survey_says_what_leaving_would_do(model):
+    """At every exit the surveyed regret of a policy that leaves there first is what judging finds."""
+    asked = questions(6)
+    found = certify.survey(model, asked, NEW)
+    assert found.scores.shape == found.regret.shape == (6 * (NEW - 1), 2) and found.costs.shape == (6 * (NEW - 1), 3)
+    full = outcomes.observe(model, asked, ExitPolicy.full(2), NEW)
+    assert np.nanmax(full.regret) < 1e-4 and found.full_cost < found.costs[:, 2].mean()
+    one = outcomes.observe(model, asked, ExitPolicy.always(0, 2), 2)
+    first = certify.survey(model, asked, 2)
+    same = [
+        row
+        for row in range(6)
+        if one.answers[row][0] == outcomes.answer(model, asked, ExitPolicy.full(2), 1)[0][row][0]
+    ]
+    assert same
+    assert np.allclose(one.regret[same, 1], first.regret[same, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "harm,risk", [("regret", 0.1), ("disagreement", 0.1), ("sequence", 0.2), (lambda ours, full: ours != full, 0.5)]
+)
+def test_a_certificate_holds_on_new_prompts(model, harm, risk):
+    certificate = calibrate(
+        model, questions(120), risk=risk, delta=0.2, harm=harm, tokenizer=Tokenizer(), max_new_tokens=NEW
+    )
+    assert certificate.mean <= certificate.certified <= risk and certificate.n == 90
+    assert model.policy.thresholds == tuple(certificate.thresholds)
+    fresh = questions(60, seed=9)
+    outcome = outcomes.observe(model, fresh, model.policy, NEW)
+    reference = outcomes.answer(model, fresh, ExitPolicy.full(2), NEW)[0]
+    assert certify.loss_per_prompt(harm, 0.25, outcome, reference).mean() <= risk
+    if harm == "regret":
+        assert outcome.trace.mean_depth < 4, "a certificate for never leaving is no feat"
+
+
+def test_a_budget_is_kept_and_its_risk_certified(model):
+    with pytest.raises(ValueError, match="at least"):
+        calibrate(model, questions(40), budget=0.01, tokenizer=Tokenizer(), max_new_tokens=NEW)
+    certificate = calibrate(model, questions(60), budget=1.0, tokenizer=Tokenizer(), max_new_tokens=NEW)
+    assert certificate.kind == "budget" and certificate.epsilon is None
+    assert certificate.mean <= certificate.certified <= 1 and certificate.predicted["relative_flops"] <= 1.0
+
+
+def test_too_few_prompts_are_refused_with_the_number_needed(model):
+    with pytest.raises(ValueError, match="(?s)75 prompts given; at least 1[0-9][0-9] are needed.*more prompts"):
+        calibrate(model, questions(100), risk=0.02, tokenizer=Tokenizer())
+
+
+def test_impossible_requests_are_named_at_once(model):
+    with pytest.raises(ValueError, match="(?s)harm.*bound.*risk.*delta"):
+        calibrate(model, questions(10), risk=2.0, delta=0, harm="nothing", bound="none", tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match="tolerence"):
+        calibrate(model, questions(10), tolerence=1, tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match="no prompts"):
+        calibrate(model, [], tokenizer=Tokenizer())
+
+
+def test_exits_that_always_harm_are_not_certified_but_never_taken():
+    model = EarlyExitModel.from_backbone(tiny("llama"), ExitConfig(depths=[1], head="norm", gate="entropy"))
+    certificate = calibrate(model, questions(100), risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW)
+    assert certificate.mean <= 0.1
+    assert certificate.thresholds == [math.inf] or certificate.saved < 0.2
+
+
+def test_a_certificate_of_other_weights_warns_loudly(model, tmp_path, caplog):
+    model.backbone.save_pretrained(tmp_path / "backbone")
+    model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), model.exit_config)
+    certificate = calibrate(model, questions(60), budget=1.0, tokenizer=Tokenizer(), max_new_tokens=NEW)
+    model.save_pretrained(tmp_path / "saved")
+    again = EarlyExitModel.from_pretrained(tmp_path / "saved")
+    assert again.certificate == certificate and "certificate" not in caplog.text
+    assert again.policy.thresholds == tuple(certificate.thresholds)
+    EarlyExitModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert "calibrate this model" in caplog.text

@@ -1,0 +1,274 @@
+"""The wrapped model: what it costs, what it saves, what it refuses, and what its loss means."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCAB, prompts, tiny
+from torch import nn
+
+from adaptive import EarlyExitModel, ExitConfig, losses
+from adaptive.config import LossConfig
+
+
+def batch(rows=2, tokens=10, seed=0):
+    ids = torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def test_loss_is_the_exact_divergence_computed_by_hand(llama):
+    """With every entry a candidate, and with the chunked form, the loss is KL over the whole vocabulary."""
+    inputs = batch()
+    with torch.no_grad():
+        out = llama(inputs["input_ids"], output_hidden_states=True)
+        teacher = out.logits[:, :-1].log_softmax(-1)
+        expected = 0.0
+        for depth in (1, 3):
+            student = llama.lm_head(llama.model.norm(out.hidden_states[depth]))[:, :-1].log_softmax(-1)
+            expected += (teacher.exp() * (teacher - student)).sum(-1).mean() / 2
+    for negatives in (None, VOCAB):
+        model = EarlyExitModel(llama, ExitConfig(depths=[1, 3], head="norm"), LossConfig(negatives=negatives))
+        loss = sum(model(**inputs).metrics[f"exit_{depth}/loss"] for depth in (1, 3)) / 2
+        assert torch.allclose(loss, expected, rtol=1e-4)
+
+
+def test_metrics_say_what_the_exits_do(llama):
+    model = EarlyExitModel(llama, ExitConfig(depths=[2], head="norm")).eval()
+    inputs = batch()
+    metrics = model(**inputs).metrics
+    with torch.no_grad():
+        out = llama(inputs["input_ids"], output_hidden_states=True)
+        said = llama.lm_head(llama.model.norm(out.hidden_states[2]))[:, :-1].argmax(-1)
+        lost = losses.regret(out.logits[:, :-1].flatten(0, 1), said.flatten())
+    assert metrics["exit_2/agreement"] == pytest.approx(float((lost == 0).float().mean()))
+    assert metrics["exit_2/no_harm"] == pytest.approx(float((lost <= 0.25).float().mean()))
+    assert 0 < metrics["exit_2/no_harm"] < 1
+
+
+@pytest.mark.parametrize(
+    "head,kv", [("norm", "own"), ("linear", "own"), ("mlp", "own"), ("block", "own"), ("block", "shared")]
+)
+def test_frozen_training_moves_exits_and_gates_only(head, kv):
+    model = EarlyExitModel(tiny("qwen3"), ExitConfig(depths=[1, 3], head=head, head_kv=kv, layers=2)).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("exits.") for name in moved)
+    assert any("heads" in name for name in moved) and any("gates" in name for name in moved)
+    still = {name for name in before if name.startswith("exits.") and name not in moved}
+    # A linear head's `up` starts at 0, so `down` gets no gradient yet; shared K/V leave a block's own unread.
+    unread = {"linear": ("down",), "block": ("k_proj", "v_proj", "k_norm") if kv == "shared" else ()}
+    assert all(any(part in name for part in unread.get(head, ())) for name in still)
+
+
+def test_gates_never_bend_their_exits(llama):
+    model = EarlyExitModel(llama, ExitConfig(depths=[1, 3])).train()
+    model.gates_only = True
+    model(**batch()).loss.backward()
+    assert all(p.grad is None for p in model.exits.heads.parameters())
+    assert all(p.grad is not None for p in model.gate_parameters())
+
+
+def test_full_mode_learns_from_the_model_as_it_was(llama):
+    model = EarlyExitModel(llama, ExitConfig(depths=[2]))
+    model.train_mode("full")
+    inputs = batch()
+    assert model(**inputs).metrics["final/kl"] == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        llama.model.layers[3].mlp.down_proj.weight.add_(0.3)
+    assert model(**inputs).metrics["final/kl"] > 0.01
+    model.loss_config.layer_dropout = 0.9
+    model.train()
+    assert model(**inputs).loss.isfinite()
+
+
+def test_lora_teacher_is_the_backbone_without_its_adapter():
+    import peft
+
+    backbone = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    model = EarlyExitModel.from_backbone(backbone, ExitConfig(depths=[2], head="block"))
+    model.train_mode("lora")
+    assert model(**batch()).metrics["final/kl"] == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    out = model(**batch())
+    assert out.metrics["final/kl"] > 0.01
+    out.loss.backward()
+    assert all(("lora" in name) == (p.grad is not None) for name, p in model.backbone.named_parameters())
+    expected = backbone.generate(**prompts(2), max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(**prompts(2), max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_batch_without_labels_to_learn_from_costs_nothing(llama):
+    model = EarlyExitModel(llama, ExitConfig(depths=[2])).train()
+    inputs = batch()
+    inputs["labels"][:] = -100
+    out = model(**inputs)
+    out.loss.backward()
+    assert out.loss == 0 and all(not p.grad.any() for p in model.gate_parameters())
+
+
+def test_no_exit_makes_logits_for_the_whole_vocabulary(llama):
+    """Peak memory: the largest tensor of a step stays below one exit's full logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    Largest.numel = max(Largest.numel, tensor.numel())
+            return out
+
+    backbone = tiny("llama", vocab_size=4096)
+    model = EarlyExitModel(backbone, ExitConfig(depths=[1, 2, 3]), LossConfig(negatives=64, top_k=4)).train()
+    inputs = batch(rows=4, tokens=400)
+    with Largest():
+        model(**inputs).loss.backward()
+    assert Largest.numel < 4 * 400 * 4096 / 2
+
+
+def test_trainer_of_transformers_trains_it(llama, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = EarlyExitModel(llama, ExitConfig(depths=[1, 3]))
+    data = [{"input_ids": row, "labels": row} for row in batch(rows=16)["input_ids"]]
+    args = TrainingArguments(
+        tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=5e-3, use_cpu=True, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    trainer.train()
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert logged[-1] < logged[0]
+
+
+@pytest.mark.parametrize("head,kv", [("norm", "own"), ("linear", "own"), ("mlp", "own"), ("block", "shared")])
+def test_what_is_saved_comes_back(head, kv, tmp_path):
+    backbone = tiny("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    config = ExitConfig(depths=[1, 4], head=[head, "norm"], head_kv=kv, layers=2, shortlist=[None, 30], gate="mlp")
+    model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), config)
+    model.exits.choose_shortlists(torch.rand(VOCAB, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        for parameter in model.exits.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "saved")
+    again = EarlyExitModel.from_pretrained(tmp_path / "saved")
+    settings = dict(max_new_tokens=8, do_sample=False, policy=[0.5, 0.5], return_dict_in_generate=True)
+    ours, theirs = (m.generate(**prompts(3), **settings) for m in (model, again))
+    assert torch.equal(ours.sequences, theirs.sequences) and (ours.trace.taken == theirs.trace.taken).all()
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {"exits.safetensors", "exit_config.json", "README.md"}
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_trained_backbone_is_saved_beside_its_exits(mode, tmp_path):
+    import peft
+
+    tiny("llama").save_pretrained(tmp_path / "backbone")
+    model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), ExitConfig(depths=[2], head="mlp"))
+    if mode == "lora":
+        model.backbone = peft.get_peft_model(model.backbone, peft.LoraConfig(r=4, target_modules="all-linear"))
+    model.train_mode(mode)
+    with torch.no_grad():
+        for parameter in model.backbone_parameters():
+            parameter.add_(0.02)
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = EarlyExitModel.from_pretrained(tmp_path / "saved")
+    ids = batch()["input_ids"]
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    untouched = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), ExitConfig(depths=[2]))
+    assert not torch.allclose(again(ids).logits, untouched(ids).logits, atol=1e-2)
+
+
+def test_damaged_and_foreign_files_are_refused_or_warned_of(tmp_path, caplog):
+    tiny("llama").save_pretrained(tmp_path / "backbone")
+    model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), ExitConfig(depths=[2]))
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    weights, record = (folder / "exits.safetensors").read_bytes(), (folder / "exit_config.json").read_text()
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            EarlyExitModel.from_pretrained(folder)
+
+    (folder / "exits.safetensors").write_bytes(weights[:-10])
+    refused("truncated or was changed")
+    (folder / "exits.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    refused("truncated or was changed")
+    (folder / "exits.safetensors").write_bytes(weights)
+    (folder / "exit_config.json").write_text(record[:-20])
+    refused("is not JSON")
+    (folder / "exit_config.json").write_text(json.dumps(json.loads(record) | {"format": 99}))
+    refused("upgrade")
+    (folder / "exit_config.json").write_text(record)
+    with pytest.raises(ValueError, match="do not fit this backbone"):
+        EarlyExitModel.from_pretrained(folder, backbone=tiny("llama", hidden_size=64))
+    assert "other weights" not in caplog.text
+    EarlyExitModel.from_pretrained(folder, backbone=tiny("llama", seed=1))
+    assert "trained on other weights" in caplog.text
+    with pytest.raises(ValueError, match="neither a folder nor a repository"):
+        EarlyExitModel.from_pretrained(str(tmp_path / "nowhere"))
+
+
+def test_a_full_disk_leaves_the_earlier_save(tmp_path, monkeypatch):
+    from adaptive import storage
+
+    tiny("llama").save_pretrained(tmp_path / "backbone")
+    model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), ExitConfig(depths=[2]))
+    model.save_pretrained(tmp_path / "saved")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with torch.no_grad():
+        model.exits.heads[0].up.weight.add_(1)
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match="untouched"):
+        model.save_pretrained(tmp_path / "saved")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
+
+
+def test_wrong_places_for_exits_are_named(llama):
+    with pytest.raises(ValueError, match="(?s)9.*4"):
+        EarlyExitModel(llama, ExitConfig(depths=[2, 9]))
+    with pytest.raises(ValueError, match="shortlist"):
+        EarlyExitModel(llama, ExitConfig(depths=[4]))
+    with pytest.raises(ValueError, match="(?s)1000.*97"):
+        EarlyExitModel(llama, ExitConfig(depths=[2], shortlist=1000))
+
+
+def test_unknown_model_says_what_was_looked_for_and_how_to_name_it():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny("llama")
+            self.config = self.inner.config
+            self.body = nn.Module()
+            self.body.twice = nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])
+
+        def get_output_embeddings(self):
+            return self.inner.lm_head
+
+    with pytest.raises(ValueError, match="(?s)looked for.*ModuleList.*body.twice.*ExitConfig.blocks="):
+        EarlyExitModel(Odd(), ExitConfig(depths=[2]))
+    named = EarlyExitModel(tiny("gpt2"), ExitConfig(depths=[2], blocks="transformer.h"))
+    assert len(named.view.blocks) == 4
+    with pytest.raises(ValueError, match="is not a module"):
+        EarlyExitModel(tiny("gpt2"), ExitConfig(depths=[2], blocks="transformer.nothing"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_every_head(family):
+    for head in ("linear", "mlp", "block"):
+        model = EarlyExitModel(tiny(family), ExitConfig(depths=[2], head=head)).train()
+        out = model(**batch(), attention_mask=torch.ones(2, 10, dtype=torch.long))
+        out.loss.backward()
+        assert all(p.grad is not None for p in model.exit_parameters())
