@@ -5,17 +5,20 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/python -m pip install --no-input --disable-pip-version-check -q
 
-CONFIG := configs/demo.yaml
-RUN    := runs/demo
-TESTS  ?= tests
+RUN     := runs/demo
+PROMPTS := $(RUN)/text/prompts.json
+TESTS   ?= tests
+CORES   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 .PHONY: demo test clean
 
+demo: export OMP_NUM_THREADS := $(CORES)
 demo: $(STAMP)
-	$(BIN)/python train/text.py --config $(CONFIG)
-	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train/exits.py --config $(CONFIG)
-	$(BIN)/python train/calibrate.py $(RUN)
-	$(BIN)/python eval/report.py $(RUN)
+	$(BIN)/python train/text.py --config configs/demo_text.yaml
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) \
+		train/exits.py --config configs/demo.yaml --resume
+	$(BIN)/python train/calibrate.py --run $(RUN) --prompts $(PROMPTS) --config configs/demo_calibrate.yaml
+	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
 
 # One thread for each of two workers: torch with more threads than free cores is several times slower.
 test: export OMP_NUM_THREADS := 1

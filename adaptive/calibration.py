@@ -170,6 +170,7 @@ class Certificate:
     mean: float  # harm found on the n prompts
     harm: str
     tolerance: float | None  # nats, for "regret"
+    max_new_tokens: int  # length of the answers vouched for
     floor: float | None  # share of tokens on which two runs of the full model disagree
     thresholds: list  # per exit; inf: never leave
     saved: float  # share of the full depth's FLOPs saved on the n prompts

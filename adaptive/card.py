@@ -58,5 +58,6 @@ def _guarantee(certificate) -> str:
         f"With probability at least {1 - certificate.delta:.0%}, the expected harm per generated token is at most "
         f"{certificate.certified:.4f} (asked for: {certificate.epsilon}; harm: {certificate.harm}, bound: "
         f"{certificate.bound}, {certificate.n} prompts, mean harm on them {certificate.mean:.4f}). "
-        "It holds for prompts like those it was certified on, greedy decoding, and exactly these weights."
+        f"It holds for prompts like those it was certified on, greedy answers of up to {certificate.max_new_tokens} "
+        "tokens, and exactly these weights."
     )

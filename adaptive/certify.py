@@ -1,5 +1,4 @@
-"""Calibration on a model: survey once at full depth, choose thresholds from the survey, certify them in free
-generation.
+"""Calibration on a model: survey at full depth, choose thresholds from it, certify them in free generation.
 
 The prompts that choose and the prompts that certify are disjoint. Harm is judged per generated token by the full
 model on the same prefix, and averaged per prompt: prompts are what is exchangeable, tokens of one answer are not.
@@ -172,6 +171,8 @@ class Request:
             problems.append(f"`risk`={self.risk!r} is not between 0 and 1")
         if self.budget is not None and self.budget <= 0:
             problems.append(f"`budget`={self.budget!r} is not a share of the full depth's FLOPs, such as 0.8")
+        if self.max_new_tokens < 2:
+            problems.append(f"`max_new_tokens`={self.max_new_tokens}; 2 or more: a first token comes from the prompt")
         if not 0 < self.delta < 1:
             problems.append(f"`delta`={self.delta!r} is not between 0 and 1")
         if problems:
@@ -203,7 +204,7 @@ def calibrate(
         tokenizer: of the backbone; loaded from its folder if None.
         **settings:
             budget: FLOPs per token relative to full depth; the thresholds of least harm within it are certified.
-            harm: "regret" (default: the full model gives the chosen token at least `tolerance` nats less than its
+            harm: "regret" (default: the full model gives the chosen token over `tolerance` nats less than its
                 best), "disagreement" (another token than its best), "sequence" (1 - ROUGE-L against its own answer),
                 or a callable of (answer ids, the full model's answer ids) with values in [0, 1].
             tolerance: of regret, 0.25 nats.
@@ -220,13 +221,20 @@ def calibrate(
     if unknown := settings.keys() - defaults.keys():
         raise ValueError(f"calibrate: {sorted(unknown)} are no settings; there are {sorted(defaults)}")
     request = Request(risk=risk, delta=delta, **defaults | settings)
-    tokenizer = tokenizer or load_tokenizer(model)
+    asked = list(prompts) + ([] if selection is None or isinstance(selection, Survey) else list(selection))
+    if tokenizer is None and any(isinstance(prompt, str) or isinstance(prompt[0], dict) for prompt in asked):
+        tokenizer = load_tokenizer(model)
     encoded = encode(prompts, tokenizer)
     order = np.random.default_rng(request.seed).permutation(len(encoded))
     cut = 0 if selection is not None else len(encoded) // 4
     certifying = [encoded[i] for i in order[cut:]]
     if request.budget is None:
-        calibration.require_enough(len(certifying), risk, calibration.spend(delta, 2)[0], request.bound)
+        first = calibration.spend(delta, 2)[0]
+        try:
+            calibration.require_enough(len(certifying), risk, first, request.bound)
+        except ValueError as error:
+            part = f"{len(certifying)} of {len(encoded)} prompts certify" if cut else f"{len(encoded)} prompts certify"
+            raise ValueError(f"{part}, the first of two attempts at delta {first:g} of {delta:g}: {error}") from None
     if not isinstance(selection, Survey):
         chosen = [encoded[i] for i in order[:cut]] if selection is None else encode(selection, tokenizer)
         selection = survey(model, chosen, request.max_new_tokens, request.batch_size)
@@ -261,7 +269,9 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
 
 
 def _certificate(model, request: Request, prompts, outcome: Outcome, harms, thresholds, upper, promise) -> Certificate:
-    full = (outcome.trace.taken == model.num_exits)[:, : outcome.regret.shape[1]]
+    # Tokens whose row has not left before: their K/V are the full model's own, computed by other arithmetic.
+    left = (outcome.trace.taken < model.num_exits) & (np.arange(outcome.trace.taken.shape[1]) > 0)
+    full = (outcome.trace.taken == model.num_exits) & ~np.logical_or.accumulate(left, axis=1)
     return Certificate(
         kind="budget" if request.budget is not None else "risk",
         epsilon=None if request.budget is not None else request.risk,
@@ -272,7 +282,7 @@ def _certificate(model, request: Request, prompts, outcome: Outcome, harms, thre
         mean=float(harms.mean()),
         harm=request.harm if isinstance(request.harm, str) else getattr(request.harm, "__name__", "callable"),
         tolerance=request.tolerance if request.harm == "regret" else None,
-        # The full depth while decoding against the same depth in one pass: the same weights, other arithmetic.
+        max_new_tokens=request.max_new_tokens,
         floor=float((outcome.regret[full] > 0).mean()) if full.any() else None,
         thresholds=list(thresholds),
         saved=1 - model.costs.price(outcome.trace).relative_flops,
@@ -290,4 +300,6 @@ def load_tokenizer(model):
 
     from adaptive.pretrained import resolve
 
+    if not model.view.inner.name_or_path:
+        raise ValueError("the backbone came without a name, so its tokenizer cannot be found; pass `tokenizer`")
     return AutoTokenizer.from_pretrained(resolve(str(model.view.inner.name_or_path)))

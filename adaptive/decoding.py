@@ -1,10 +1,11 @@
 """The decoding loop: one token per row walks down the chain of segments until a gate lets it out.
 
 `decode` is handed to `generate(custom_generate=...)` of transformers, which prepares logits processors, stopping
-criteria
-and masks. The prompt is prefilled at full depth; the policy applies to every generated token, the first included.
-Skipped blocks get K/V from the state that the token left with ("propagate"). Rows that have left, or ended, are
-taken out of the batch for the deeper segments, so a row never pays for, or depends on, its neighbours.
+criteria and masks. The prompt is prefilled at full depth; the policy applies to every generated token, the first
+included.
+Skipped blocks get K/V from the state that the token left with ("propagate"). Rows that have left, or ended, are taken
+out of the batch for the deeper segments: a row never depends on its neighbours, nor pays for them (but for block heads
+with K/V of their own, which catch up for all rows at once).
 """
 
 from __future__ import annotations

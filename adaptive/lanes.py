@@ -57,9 +57,8 @@ class BlockLane:
         backbone: gives masks and positions.
         head: the block head.
         depth: of the exit.
-        own: whether the head has K/V of its own. Its blocks then run over every token that passed it by, all in
-        one batch
-            when the head is next asked.
+        own: whether the head has K/V of its own. Its blocks then run over every token that passed it by, all in one
+            batch when the head is next asked.
         main: the backbone's K/V.
     """
 

@@ -1,9 +1,9 @@
 """The joint loss: every exit against the full model, every gate against its exit, the full depth against itself.
 
 One pass over the backbone gives the states at all exits and at full depth. Exits never see the whole vocabulary at
-once:
-they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time. Gates read
-detached states, and their target follows the exit as it is now.
+once: they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time.
+Gates read detached states, and their target follows the exit as it is now; while training, an exit without a shortlist
+is taken to say its best candidate.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Exits on disk: exits.safetensors, exit_config.json, certificate.json and a model card. No pickle, no
-half-written files.
+"""Exits on disk: exits.safetensors, exit_config.json, certificate.json and a model card, whole or not at all.
 
 Everything is written into a temporary folder first and moved into place when it is complete, so a full disk or an
 interrupt leaves what was there before.
@@ -27,6 +26,7 @@ from adaptive.calibration import Certificate
 from adaptive.card import model_card
 from adaptive.config import ExitConfig, LossConfig
 from adaptive.pretrained import resolve
+from adaptive.runs import put
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, CERTIFICATE = "exits.safetensors", "exit_config.json", "certificate.json"
@@ -90,12 +90,32 @@ def save(model, folder: Path) -> None:
 def _write_backbone(model, folder: Path) -> str | None:
     """Returns where the backbone can be loaded from, None for the folder itself; writes it there if need be."""
     name = str(getattr(model.view.inner, "name_or_path", "") or "")
-    if model.mode == "full" or not name:
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())
+    # A backbone that lies in a run's own folder was trained with it, or had no other home.
+    if model.mode == "full" or not name or (Path(name) / CONFIG).exists():
         model.view.inner.save_pretrained(folder)
+        _write_tokenizer(name, folder)
         return None
     if hasattr(model.backbone, "peft_config"):
         model.backbone.save_pretrained(folder)
     return name
+
+
+def _write_tokenizer(name: str, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(resolve(name)).save_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        logger.info("no tokenizer came with '%s'; save yours to '%s' yourself", name, folder)
+
+
+def save_certificate(model, folder: Path) -> None:
+    """Writes a model's certificate, and the model card that states it, into the folder it was saved to."""
+    record = _read_config(folder)
+    model.certificate.save(folder / CERTIFICATE)
+    put(folder / "README.md", lambda path: path.write_text(model_card(model, record["backbone"])))
 
 
 def load(cls, folder: str, backbone: nn.Module | None, kwargs: dict):

@@ -65,7 +65,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from adaptive import certify, ranking
+from adaptive import certify, outcomes, ranking
 from adaptive.calibration import Certificate, rouge_l
 from adaptive.config import ExitConfig
 from adaptive.data import digest
@@ -110,11 +110,8 @@ def main(config: ReportConfig) -> dict:
     chosen = job.selection[: config.raw_prompts]
     raw = part(job, "raw-exits", {"surveyed": len(chosen)}, raw_line, chosen)["line"]
     survey = certify.Survey(**load_file(Path(config.run) / "calibration" / "survey.safetensors"))
-    trained, count = frontier_line(survey, job.model, job.settings), len(job.selection)
-    report["lines"] = {
-        f"trained exits, {count} selection prompts": trained,
-        f"raw exits, first {len(chosen)} of them": raw,
-    }
+    trained = frontier_line(survey, job.model, job.settings)
+    report["lines"] = {"trained exits, selection prompts": trained, f"raw exits, first {len(chosen)} of them": raw}
     report["points"] = [{"name": n, "certificate": names.get(n), **p["figures"], **speed[n]} for n, p in points.items()]
     report["shown"] = shown = answer_shown(job, points)
     summary, web = f"{table(report)}\n\n{notes(report)}", PAGE.replace("ANSWERS", painted(shown, "html"))
@@ -139,7 +136,7 @@ def prepared(config: ReportConfig) -> Job:
         raise ValueError(f"`prompts`={config.prompts} lacks {missing}; it has {sorted(prompts)}; add what is missing")
     if both := {str(p) for p in prompts["report"]} & {str(p) for p in prompts["select"] + prompts["certify"]}:
         raise ValueError(f"`report` of {config.prompts} has {len(both)} prompts of `select` or `certify`; remove these")
-    model = EarlyExitModel.from_pretrained(config.run, dtype="float32")
+    model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
     weights, tokenizer = model_digest(model), certify.load_tokenizer(model)
     if warnings := [f"{path}: {warning}" for path in paths if (warning := Certificate.load(path).check(weights))]:
         raise ValueError("; ".join(warnings) + "; run train/calibrate.py again")
@@ -165,7 +162,7 @@ def part(job: Job, name: str, about: dict, make, *args) -> dict:
 def measured(job: Job, policy: ExitPolicy, full: dict | None) -> dict:
     """Returns what free generation costs and does; `full`: the same of the full depth, None for itself."""
     harm, tolerance, *sizes = (job.settings[name] for name in ("harm", "tolerance", "max_new_tokens", "batch_size"))
-    outcome = certify.observe(job.model, job.prompts, policy, *sizes)
+    outcome = outcomes.observe(job.model, job.prompts, policy, *sizes)
     said, trace, price = outcome.answers, outcome.trace, job.model.costs.price(outcome.trace)
     reference, perplexity = full["answers"] if full else said, float(np.exp(np.nanmean(outcome.nll)))
     harms = certify.loss_per_prompt(harm, tolerance, outcome, reference)
@@ -260,7 +257,7 @@ FLOPs, tokens/s and perplexity (of the answers, under the full model: {full["per
 relative to full depth; ROUGE-L is against its answers. Harm: {report["harm"]}; each bound holds with probability
 {1 - settings["delta"]:g}. Floor: full depth strictly disagrees with itself, decoding against one pass, on
 {full["disagreement"]:.2%} of tokens. tokens/s: decoding at batch 1, median (range) of {rounds} interleaved rounds;
-full depth {rate:.1f}, {where["threads"]} of {where["cores"]} threads, {where["cpu"]}."""
+full depth {rate:.1f} on {where["device"]}, {where["threads"]} of {where["cores"]} threads, {where["cpu"]}."""
 
 
 def frontier(report: dict) -> Figure:
@@ -329,6 +326,7 @@ def provenance(job: Job) -> dict:
     commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.processor()])[0]
+    device = torch.cuda.get_device_name() if job.model.device.type == "cuda" else "cpu"
     packages = [sys.modules[name] for name in ("torch", "transformers", "numpy", "matplotlib", "adaptive")]
     unit = f" above {job.settings['tolerance']} nats" if job.settings["harm"] == "regret" else ""
     return {
@@ -340,8 +338,9 @@ def provenance(job: Job) -> dict:
         "calibration": job.settings,
         "harm": job.settings["harm"] + unit,
         "prompts": len(job.prompts),
+        "selection_prompts": len(job.selection),
         "prompts_digest": job.made_with["prompts"],
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device},
         "versions": {"python": sys.version, **{package.__name__: package.__version__ for package in packages}},
     }
 

@@ -274,6 +274,7 @@ def certificate():
         certified=0.0187,
         mean=0.004,
         harm="regret",
+        max_new_tokens=64,
         tolerance=0.25,
         floor=None,
         thresholds=[0.9, math.inf, 0.5],

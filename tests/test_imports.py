@@ -18,8 +18,8 @@ ROWS = [
     ["config", "policy", "costs", "calibration", "ranking"],
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "exits", "objective"],
     ["lanes", "decoding"],
-    ["card", "storage", "model"],
-    ["rows", "runs", "outcomes", "certify"],
+    ["runs", "card", "storage", "model"],
+    ["rows", "outcomes", "certify"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 LIGHT = ROWS[1]  # these run where torch is not installed

@@ -4,10 +4,10 @@
     python train/calibrate.py --run runs/mine --prompts my_prompts.jsonl --budgets 0.7,0.8 --harm sequence
 
 Prompts are a .json file of {"select": [...], "certify": [...]} (as train/text.py writes), or anything that
-`adaptive.data.read_texts` reads, of which a quarter selects. The first target's certificate becomes the model's. In the
-run's folder:
+`adaptive.data.read_texts` reads, of which a quarter selects. The first target that is certified becomes the model's
+policy. In the run's folder:
 
-    certificate.json             of the first target; `EarlyExitModel.from_pretrained` takes its thresholds
+    certificate.json             of the first target met; `EarlyExitModel.from_pretrained` takes it
     calibration/<target>.json    one certificate per target
     calibration/survey.safetensors   what the gates and heads said on the selection prompts
 """
@@ -72,52 +72,70 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from adaptive import certify
-from adaptive.calibration import Certificate
-from adaptive.data import read_texts
+from adaptive.calibration import Certificate, needed_prompts, spend
+from adaptive.data import digest, read_texts
 from adaptive.model import EarlyExitModel
 from adaptive.prompts import encode
 from adaptive.runs import put, write_json
-from adaptive.storage import CERTIFICATE, model_digest
+from adaptive.storage import model_digest, save_certificate
+
+ENOUGH = 2  # times the prompts that zero harm would need: a larger risk is certified on fewer, in less time
 
 
-def main(config: CalibrationConfig) -> list[Certificate]:
-    """Writes and returns the certificates, one per target."""
+def main(config: CalibrationConfig) -> dict[str, Certificate]:
+    """Writes and returns the certificates by target; those that were refused are named."""
     folder = Path(config.run) / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
-    model = EarlyExitModel.from_pretrained(config.run)
+    model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
     selection, certifying = read_prompts(config)
-    forget_other(folder, config, model_digest(model))
-    found, certificates = None, []
+    forget_other(folder, config, model_digest(model), digest(repr((selection, certifying)).encode()))
+    found, certificates, refusals = None, {}, []
     for name, risk, budget in targets(config):
         path = folder / f"{name}.json"
-        if path.exists():
-            print(f"{path} is there already")
-            certificates.append(Certificate.load(path))
-            continue
-        found = found or surveyed(model, selection, config, folder / "survey.safetensors")
-        certificate = certify.calibrate(
-            model,
-            certifying,
-            risk,
-            config.delta,
-            budget=budget,
-            harm=config.harm,
-            tolerance=config.tolerance,
-            bound=config.bound,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            selection=found,
-        )
-        certificate.save(path)
-        certificates.append(certificate)
-    certificates[0].save(Path(config.run) / CERTIFICATE)
-    print(table(config, certificates))
+        if not path.exists():
+            found = found or surveyed(model, selection, config, folder / "survey.safetensors")
+            prompts = certifying if risk is None else certifying[: ENOUGH * needed(config, risk)]
+            try:
+                certified(model, found, prompts, risk, budget, config).save(path)
+            except ValueError as error:
+                # The other targets may still be met, and hours may lie behind them.
+                refusals.append(f"{name}: {error}")
+                continue
+        certificates[name] = Certificate.load(path)
+    print("\n".join([*refusals, *([table(config, certificates)] if certificates else [])]))
+    if not certificates:
+        raise ValueError("no target was certified; see above")
+    model.certify(next(iter(certificates.values())))
+    save_certificate(model, Path(config.run))
     return certificates
+
+
+def certified(model, found, prompts, risk, budget, config: CalibrationConfig) -> Certificate:
+    """Returns the certificate for one target."""
+    return certify.calibrate(
+        model,
+        prompts,
+        risk,
+        config.delta,
+        budget=budget,
+        harm=config.harm,
+        tolerance=config.tolerance,
+        bound=config.bound,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        selection=found,
+    )
+
+
+def needed(config: CalibrationConfig, risk: float) -> int:
+    """Returns the number of prompts below which not even zero harm certifies a risk."""
+    return needed_prompts(risk, spend(config.delta, 2)[0], config.bound)
 
 
 def targets(config: CalibrationConfig) -> list[tuple[str, float | None, float | None]]:
@@ -135,7 +153,7 @@ def read_prompts(config: CalibrationConfig) -> tuple[list, list]:
             raise ValueError(f"`prompts`={config.prompts} lacks {sorted(missing)}; it has {sorted(parts)}")
         selection, certifying = parts["select"], parts["certify"]
     else:
-        texts = read_texts(config.prompts, render=lambda messages: messages[0]["content"])
+        texts = read_texts(config.prompts, render=last_question)
         order = np.random.default_rng(config.seed).permutation(len(texts))
         selection = [texts[i] for i in order[: len(texts) // 4]]
         certifying = [texts[i] for i in order[len(texts) // 4 :]]
@@ -147,10 +165,19 @@ def read_prompts(config: CalibrationConfig) -> tuple[list, list]:
     return selection, certifying
 
 
-def forget_other(folder: Path, config: CalibrationConfig, weights: str) -> None:
-    """Removes what an earlier calibration of other weights, or with other settings, left."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("risks", "budgets")}
-    record, path = settings | {"model_digest": weights}, folder / "settings.json"
+def last_question(messages: list[dict[str, str]]) -> str:
+    """Returns what the user said last."""
+    return next(message["content"] for message in reversed(messages) if message["role"] == "user")
+
+
+def forget_other(folder: Path, config: CalibrationConfig, weights: str, prompts: str) -> None:
+    """Removes what an earlier calibration of other weights, other prompts or with other settings left."""
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("run", "prompts", "risks", "budgets")
+    }
+    record, path = settings | {"model_digest": weights, "prompts_digest": prompts}, folder / "settings.json"
     if not path.exists() or json.loads(path.read_text()) != record:
         for old in folder.iterdir():
             old.unlink()
@@ -169,15 +196,15 @@ def surveyed(model: EarlyExitModel, prompts: list, config: CalibrationConfig, pa
     return certify.Survey(**arrays | {"full_cost": float(arrays["full_cost"])})
 
 
-def table(config: CalibrationConfig, certificates: list[Certificate]) -> str:
+def table(config: CalibrationConfig, certificates: dict[str, Certificate]) -> str:
     """Returns the certificates as a Markdown table."""
     lines = [
-        f"| target | certified {config.harm} | mean on {certificates[0].n} prompts | thresholds | relative FLOPs |",
-        "|---|---|---|---|---|",
+        f"| target | certified {config.harm} | mean harm | prompts | thresholds | relative FLOPs |",
+        "|---|---|---|---|---|---|",
     ]
-    for (name, _, _), c in zip(targets(config), certificates, strict=True):
+    for name, c in certificates.items():
         cuts = " / ".join("never" if t == float("inf") else f"{t:.3f}" for t in c.thresholds)
-        lines.append(f"| {name} | {c.certified:.4f} | {c.mean:.4f} | {cuts} | {1 - c.saved:.3f} |")
+        lines.append(f"| {name} | {c.certified:.4f} | {c.mean:.4f} | {c.n} | {cuts} | {1 - c.saved:.3f} |")
     return "\n".join(lines)
 
 

@@ -40,7 +40,8 @@ from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_js
 
 WARM_UP = 0.02  # share of the steps
 MAX_GRADIENT_NORM = 1.0
-# The backbone's share of the learning rate: fresh exits want about 1e-3, adapters 1e-4, whole weights 1e-5.
+# Shares of the learning rate: fresh exits want about 1e-3, adapters 1e-4, whole weights 1e-5; a probe can hurry.
+GATE_PACE = 3.0
 BACKBONE_PACE = {"frozen": 0.0, "lora": 0.1, "full": 0.01}
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -146,7 +147,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     groups = [
         {"role": "exits", "peak": rate, "params": model.exit_parameters()},
         {"role": "backbone", "peak": rate * BACKBONE_PACE[config.mode], "params": model.backbone_parameters()},
-        {"role": "gates", "peak": rate, "params": gates},
+        {"role": "gates", "peak": rate * GATE_PACE, "params": gates},
     ]
     # Baseline scores learn nothing and need no steps of their own.
     settled = round(config.steps * (1 - config.gate_share)) if gates else config.steps
