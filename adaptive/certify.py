@@ -229,18 +229,24 @@ def calibrate(
     cut = 0 if selection is not None else len(encoded) // 4
     certifying = [encoded[i] for i in order[cut:]]
     if request.budget is None:
-        first = calibration.spend(delta, 2)[0]
-        try:
-            calibration.require_enough(len(certifying), risk, first, request.bound)
-        except ValueError as error:
-            part = f"{len(certifying)} of {len(encoded)} prompts certify" if cut else f"{len(encoded)} prompts certify"
-            raise ValueError(f"{part}, the first of two attempts at delta {first:g} of {delta:g}: {error}") from None
+        _require_enough(len(certifying), len(encoded), request)
     if not isinstance(selection, Survey):
         chosen = [encoded[i] for i in order[:cut]] if selection is None else encode(selection, tokenizer)
         selection = survey(model, chosen, request.max_new_tokens, request.batch_size)
     certificate = _attempt(model, selection, certifying, request)
     model.certify(certificate)
     return certificate
+
+
+def _require_enough(certifying: int, given: int, request: Request) -> None:
+    first = calibration.spend(request.delta, 2)[0]
+    try:
+        calibration.require_enough(certifying, request.risk, first, request.bound)
+    except ValueError as error:
+        part = f"{certifying} of {given} prompts certify" if certifying < given else f"all {given} prompts certify"
+        raise ValueError(
+            f"{part}, the first of two attempts at delta {first:g} of {request.delta:g}: {error}"
+        ) from None
 
 
 def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -> Certificate:

@@ -161,10 +161,12 @@ def test_a_trained_run_is_timed_under_its_own_policy(speed, tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     exits = ExitConfig(depths=[1, 2, 3], rank=4)
     model = EarlyExitModel.from_backbone(str(tmp_path / "model"), exits, dtype="bfloat16")
-    model.certify(Certificate(
+    certificate = dict(
         kind="risk", epsilon=0.5, delta=0.05, n=10, bound="wsr", certified=0.5, mean=0.1, harm="regret",
-        tolerance=0.25, max_new_tokens=8,         floor=None, thresholds=[math.inf, math.inf, 0.0], saved=0.1, predicted={}, seed=0, data_digest="",
-        model_digest=model_digest(model), versions={}))
+        tolerance=0.25, max_new_tokens=8, floor=None, thresholds=[math.inf, math.inf, 0.0], saved=0.1, predicted={},
+        seed=0, data_digest="", model_digest=model_digest(model), versions={},
+    )  # fmt: skip
+    model.certify(Certificate(**certificate))
     model.save_pretrained(tmp_path / "run")
     config = speed.SpeedConfig(
         model=str(tmp_path / "run"), batch_sizes=[1], shares=[], dtype="bfloat16", new_tokens=NEW, prompt_tokens=6,

@@ -232,7 +232,7 @@ def test_full_disk_leaves_the_checkpoint_before(exits, place, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs, "save_file", full)
-    with pytest.raises(OSError, match="No space left.*untouched.*--resume"):
+    with pytest.raises(OSError, match="No space left.*untouched.*run it again"):
         runs.save_state(tmp_path, run.plain, run.optimizer, {"step": 2})
     assert (tmp_path / runs.STATE).read_bytes() == before
     assert [path.name for path in (tmp_path / "last").iterdir()] == ["state.safetensors"]

@@ -38,8 +38,7 @@ from adaptive.model import EarlyExitModel
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
 from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_json
 
-WARM_UP = 0.02  # share of the steps
-MAX_GRADIENT_NORM = 1.0
+WARM_UP, MAX_GRADIENT_NORM = 0.02, 1.0  # a share of the steps; of exits and backbone
 # Shares of the learning rate: fresh exits want about 1e-3, adapters 1e-4, whole weights 1e-5; a probe can hurry.
 GATE_PACE = 3.0
 BACKBONE_PACE = {"frozen": 0.0, "lora": 0.1, "full": 0.01}
