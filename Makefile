@@ -1,4 +1,5 @@
-# make demo: from a bare machine to a certified frontier.   make test: set up, lint, run the tests.
+# make demo: from a bare machine to a certified frontier (TEXTS=folder trains on its texts, too).
+# make test: set up, lint, run the tests.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -14,9 +15,9 @@ CORES   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 demo: export OMP_NUM_THREADS := $(CORES)
 demo: $(STAMP)
-	$(BIN)/python train/text.py --config configs/demo_text.yaml
+	$(BIN)/python train/text.py --config configs/demo_text.yaml $(if $(TEXTS),--texts $(TEXTS))
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) \
-		train/exits.py --config configs/demo.yaml --resume
+		train/exits.py --config configs/demo.yaml --resume $(if $(TEXTS),--data $(RUN)/text/train.safetensors $(RUN)/text/local.safetensors)
 	$(BIN)/python train/calibrate.py --run $(RUN) --prompts $(PROMPTS) --config configs/demo_calibrate.yaml
 	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
 

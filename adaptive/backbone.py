@@ -83,6 +83,8 @@ class Backbone:
         # Counted once: transformers' own assisted decoding changes the config while it runs, and forgets on an error.
         self.num_layers = self.config.num_hidden_layers
         self.parent, self.name = find_blocks(self.inner, self.num_layers, blocks)
+        # Kept here, since the list in the model is swapped for stand-ins while another thread prepares its inputs.
+        self.blocks: nn.ModuleList = self.parent._modules[self.name]
         self.decoder = find_decoder(self.inner, self.blocks)
         self.head = self.inner.get_output_embeddings()
         if self.head is None:
@@ -92,11 +94,6 @@ class Backbone:
             )
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self.norm, self.fill_weights, self.kv_shapes = self._probe()
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The decoder blocks, in order."""
-        return getattr(self.parent, self.name)
 
     @property
     def hidden_size(self) -> int:
@@ -171,7 +168,7 @@ class Backbone:
                     blocks[index](hidden, *args, **kwargs)
                 except Filled:
                     continue
-                raise AssertionError("a block did not write its K/V through the cache")
+                raise ValueError("a block did not write its K/V through the cache; this architecture is not supported")
         finally:
             cache.stop = False
 
@@ -205,7 +202,7 @@ class Backbone:
         Raises:
             ValueError: the head is not a plain linear layer (quantized, say).
         """
-        head = getattr(self.head, "base_layer", self.head)
+        head = self.head
         if type(head) is not nn.Linear:
             raise ValueError(
                 f"the LM head is a {type(head).__name__}; sampled negatives and shortlists need a plain "
@@ -217,6 +214,11 @@ class Backbone:
     def max_context(self) -> int | None:
         """Longest context in tokens, or None where the config names none."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def extends(self) -> bool:
+        """Whether positions beyond `max_context` exist at all: rotary ones do, learned ones do not."""
+        return getattr(self.config, "rope_parameters", None) is not None
 
     def window(self, index: int) -> int | None:
         """Attention window of a block in tokens, or None for full attention."""
@@ -268,6 +270,7 @@ class Backbone:
             expected = self.model(input_ids=ids, use_cache=False).logits
             cache = KV(self.num_layers, 8, 1)
             hidden, calls = self._first_start(ids, cache)
+            self._require_batch_first(calls)
             weights = self._probe_fill(hidden, calls, cache)
             final = self.run(hidden, calls, 0, self.num_layers)
             got = self.logits(norm(final))
@@ -283,6 +286,24 @@ class Backbone:
             return norm, weights, (cache.keys[0].shape[1], cache.keys[0].shape[3], cache.values[0].shape[3])
         finally:
             self.inner.train(was_training)
+
+    def _require_batch_first(self, calls: list) -> None:
+        """Refuses blocks called with a tensor that rows cannot be picked from (the probe's batch is 1)."""
+        odd: list[tuple] = []
+
+        def note(value: Any) -> None:
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != 1:
+                odd.append(tuple(value.shape))
+            elif isinstance(value, (tuple, list, dict)):
+                for item in value.values() if isinstance(value, dict) else value:
+                    note(item)
+
+        note(calls)
+        if odd:
+            raise ValueError(
+                f"{type(self.inner).__name__}: its blocks are called with a tensor {odd[0]} that does not begin with "
+                "the batch, so rows cannot leave on their own; this architecture is not supported"
+            )
 
     def _first_start(self, ids: Tensor, cache: KV) -> tuple[Tensor, list]:
         # Blocks of a few older families (Bloom, Falcon) return tuples; which kind this is shows at the first try.

@@ -16,6 +16,9 @@ Exits at depths {depths} of {layers} blocks ({heads}), trained in mode `{mode}` 
 
 ```python
 from adaptive import EarlyExitModel
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = EarlyExitModel.from_pretrained("{{this folder or repository}}")
 out = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=64, return_dict_in_generate=True)
 print(out.trace.mean_depth)
@@ -29,12 +32,13 @@ Full depth is always there: `model.generate(..., policy=[float("inf")] * {count}
 """
 
 
-def model_card(model, source: str | None) -> str:
+def model_card(model, source: str | None, mode: str) -> str:
     """Returns the card of an `EarlyExitModel` as Markdown.
 
     Args:
         model: the model.
         source: where its backbone is loaded from; None if it lies beside the exits.
+        mode: that it was trained in.
     """
     name = source or "the model in this folder"
     base = f"base_model: {source}\n" if source and not source.startswith((".", "/")) else ""
@@ -43,7 +47,7 @@ def model_card(model, source: str | None) -> str:
         name=name,
         depths=list(model.depths),
         layers=model.view.num_layers,
-        mode=model.mode,
+        mode=mode,
         version=__version__,
         heads=", ".join(model.exits.kinds),
         count=model.num_exits,
@@ -54,10 +58,15 @@ def model_card(model, source: str | None) -> str:
 def _guarantee(certificate) -> str:
     if certificate is None:
         return "Nothing yet: the exits are not calibrated, and the model runs at full depth until they are."
+    c = certificate
+    asked = f"asked for: {c.epsilon}" if c.kind == "risk" else "of a compute budget"
+    per = "token" if c.harm in ("regret", "disagreement") else "answer"
+    if c.bound == "crc":
+        sure = "On average over draws of the prompts"
+    else:
+        sure = f"With probability at least {1 - c.delta:.10g}"
     return (
-        f"With probability at least {1 - certificate.delta:.0%}, the expected harm per generated token is at most "
-        f"{certificate.certified:.4f} (asked for: {certificate.epsilon}; harm: {certificate.harm}, bound: "
-        f"{certificate.bound}, {certificate.n} prompts, mean harm on them {certificate.mean:.4f}). "
-        f"It holds for prompts like those it was certified on, greedy answers of up to {certificate.max_new_tokens} "
-        "tokens, and exactly these weights."
+        f"{sure}, the expected {c.harm} harm per {per} is at most {c.certified:.4f} ({asked}; bound: {c.bound}, {c.n} "
+        f"prompts, mean harm on them {c.mean:.4f}). It holds for prompts like those it was certified on, greedy "
+        f"answers generated with `max_new_tokens={c.max_new_tokens}` and no penalties, and exactly these weights."
     )

@@ -23,8 +23,12 @@ from adaptive.storage import model_digest
 
 logger = logging.getLogger(__name__)
 HARMS = ("regret", "disagreement", "sequence")
-CAUTION = 0.9  # aim for a bound this far below the risk: free generation drifts from the survey
-RETREAT = 0.5  # the second attempt aims for this share of the first one's harm
+CAUTION = 0.75  # aim for a bound this far below the risk: free generation drifts from the survey
+RETREAT = 0.5  # the second attempt allows this share of the harm that the first one was promised
+
+
+class Refused(ValueError):
+    """No certificate: too few prompts, or no policy that meets the risk."""
 
 
 @dataclass
@@ -60,6 +64,10 @@ def survey(model, prompts: list[list[int]], max_new_tokens: int, batch_size: int
     valid, costs = trace.valid, model.costs
     # A first token comes out of the prefill, so depth saves nothing there; it is left out of the choice.
     valid[:, 0] = False
+    if not valid.any():
+        raise ValueError(
+            "every answer has one token only, which comes out of the prompt: there is nothing to choose from"
+        )
     contexts = trace.context[valid]
     shut = [False] * model.num_exits
     table = {context: (costs.by_exit(context), costs.by_exit(context, shut)[-1]) for context in np.unique(contexts)}
@@ -102,11 +110,11 @@ def harm_of_answers(harm: str | Callable, answers: list[list[int]], reference: l
     return found
 
 
-def choose(model, found: Survey, request: Request, n: int, delta: float, aim: float | None) -> tuple[tuple, dict]:
+def choose(model, found: Survey, request: Request, n: int, delta: float, most: float) -> tuple[tuple, dict]:
     """Returns thresholds, and what the survey promises of them.
 
-    For a risk: the cheapest thresholds whose harms, resampled to the size of the certification, would be certified at
-    `aim` with `CAUTION` to spare; found by bisection over the mean harm per token. The harm of whole answers does not
+    For a risk: the cheapest thresholds whose harms, resampled to the size of the certification, would be certified
+    with `CAUTION` to spare; found by bisection over the mean harm per token. The harm of whole answers does not
     follow from that of tokens, so those are generated, for the selection prompts. For a budget: the least harmful
     thresholds within it.
 
@@ -116,7 +124,7 @@ def choose(model, found: Survey, request: Request, n: int, delta: float, aim: fl
         request: what was asked for.
         n: prompts that will certify.
         delta: of the attempt.
-        aim: the risk to aim for, None for a budget.
+        most: largest mean harm per token to consider.
     """
     arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
     by_token = request.harm in ("regret", "disagreement")
@@ -129,12 +137,12 @@ def choose(model, found: Survey, request: Request, n: int, delta: float, aim: fl
             answers = answer(model, asked, policy, request.max_new_tokens, request.batch_size, note="choosing")[0]
             harms = harm_of_answers(request.harm, answers, unpadded(found.answers))
         draws = np.random.default_rng(request.seed).choice(harms, (8, n))
-        return np.mean([calibration.BOUNDS[request.bound](draw, delta) for draw in draws]) <= CAUTION * aim
+        return np.mean([calibration.BOUNDS[request.bound](draw, delta) for draw in draws]) <= CAUTION * request.risk
 
-    if aim is None:
+    if request.budget is not None:
         thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)
     else:
-        low, high, thresholds = 0.0, aim, np.full(found.scores.shape[1], np.inf)
+        low, high, thresholds = 0.0, most, np.full(found.scores.shape[1], np.inf)
         for _ in range(10 if by_token else 5):
             middle = (low + high) / 2
             tried = ranking.rank_thresholds(*arrays, found.full_cost, middle, found.rows)
@@ -221,32 +229,53 @@ def calibrate(
     if unknown := settings.keys() - defaults.keys():
         raise ValueError(f"calibrate: {sorted(unknown)} are no settings; there are {sorted(defaults)}")
     request = Request(risk=risk, delta=delta, **defaults | settings)
-    asked = list(prompts) + ([] if selection is None or isinstance(selection, Survey) else list(selection))
-    if tokenizer is None and any(isinstance(prompt, str) or isinstance(prompt[0], dict) for prompt in asked):
-        tokenizer = load_tokenizer(model)
-    encoded = encode(prompts, tokenizer)
-    order = np.random.default_rng(request.seed).permutation(len(encoded))
-    cut = 0 if selection is not None else len(encoded) // 4
-    certifying = [encoded[i] for i in order[cut:]]
-    if request.budget is None:
-        _require_enough(len(certifying), len(encoded), request)
+    choosing, certifying = _divide(model, prompts, selection, tokenizer, request)
     if not isinstance(selection, Survey):
-        chosen = [encoded[i] for i in order[:cut]] if selection is None else encode(selection, tokenizer)
-        selection = survey(model, chosen, request.max_new_tokens, request.batch_size)
+        selection = survey(model, choosing, request.max_new_tokens, request.batch_size)
     certificate = _attempt(model, selection, certifying, request)
     model.certify(certificate)
     return certificate
 
 
-def _require_enough(certifying: int, given: int, request: Request) -> None:
+def _divide(model, prompts, selection, tokenizer, request: Request) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns the prompts, as ids, that choose and those that certify; all different."""
+    asked = list(prompts) + ([] if selection is None or isinstance(selection, Survey) else list(selection))
+    if tokenizer is None and any(
+        isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)) for prompt in asked
+    ):
+        tokenizer = load_tokenizer(model)
+    encoded = distinct(encode(prompts, tokenizer))
+    order = np.random.default_rng(request.seed).permutation(len(encoded))
+    cut = 0 if selection is not None else len(encoded) // 4
+    certifying, choosing = [encoded[i] for i in order[cut:]], [encoded[i] for i in order[:cut]]
+    if selection is not None:
+        given = isinstance(selection, Survey)
+        choosing = unpadded(selection.prompts) if given else distinct(encode(selection, tokenizer))
+    if both := len({tuple(p) for p in choosing} & {tuple(p) for p in certifying}):
+        raise ValueError(f"calibrate: {both} prompts would both choose and certify; leave them out of one")
+    if request.budget is None:
+        _require_enough(len(certifying), selection is None, request)
+    if not choosing:
+        raise ValueError(f"calibrate: {len(encoded)} prompts leave none to choose thresholds on; give at least 4")
+    return choosing, certifying
+
+
+def distinct(prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the prompts without repetitions: a repeated one would count as independent evidence."""
+    return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+
+
+def _require_enough(certifying: int, quartered: bool, request: Request) -> None:
     first = calibration.spend(request.delta, 2)[0]
-    try:
-        calibration.require_enough(certifying, request.risk, first, request.bound)
-    except ValueError as error:
-        part = f"{certifying} of {given} prompts certify" if certifying < given else f"all {given} prompts certify"
-        raise ValueError(
-            f"{part}, the first of two attempts at delta {first:g} of {request.delta:g}: {error}"
-        ) from None
+    needed = calibration.needed_prompts(request.risk, first, request.bound)
+    if certifying < needed:
+        total = -(-4 * needed // 3) if quartered else needed
+        raise Refused(
+            f"{certifying} different prompts certify{', a quarter of them chooses' if quartered else ''}; at least "
+            f"{needed} must, so give {total} or more, to certify a risk of {request.risk} at delta {request.delta} "
+            f"with the bound `{request.bound}` even if no prompt is harmed (the first of two attempts has delta "
+            f"{first:g}); give more prompts, or raise the risk or delta"
+        )
 
 
 def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -> Certificate:
@@ -255,20 +284,22 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
     if request.harm not in ("regret", "disagreement"):
         full = ExitPolicy.full(model.num_exits)
         reference = answer(model, prompts, full, request.max_new_tokens, request.batch_size)[0]
-    by_risk = request.budget is None
-    deltas = calibration.spend(request.delta, 2) if by_risk else [request.delta]
-    aims = [request.risk, request.risk * RETREAT] if by_risk else [None]
-    for delta, aim in zip(deltas, aims, strict=True):
-        thresholds, promise = choose(model, found, request, len(prompts), delta, aim)
+    by_risk, most, epsilon = request.budget is None, request.risk, request.risk if request.budget is None else 1.0
+    for delta in calibration.spend(request.delta, 2) if by_risk else [request.delta]:
+        if by_risk and len(prompts) < calibration.needed_prompts(request.risk, delta, request.bound):
+            break  # the second attempt's smaller delta needs more
+        thresholds, promise = choose(model, found, request, len(prompts), delta, most)
+        if by_risk and not np.isfinite(thresholds).any():
+            logger.warning("no exit can be opened on %d prompts at a risk of %s: never leaving", len(prompts), epsilon)
         outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
         harms = loss_per_prompt(request.harm, request.tolerance, outcome, reference)
         generator = np.random.default_rng(request.seed)
-        epsilon = request.risk if by_risk else 1.0
         passed, upper = calibration.certify(harms, epsilon, delta, request.bound, generator=generator)
         if passed:
             return _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
         logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", thresholds, upper, harms.mean())
-    raise ValueError(
+        most = promise["harm"] * RETREAT
+    raise Refused(
         f"no policy was certified at `risk`={request.risk}, `delta`={request.delta}: the last bound was {upper:.4f} on "
         f"{len(harms)} prompts (mean harm {harms.mean():.4f}); raise the risk, give more prompts, or train longer"
     )

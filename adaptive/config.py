@@ -104,8 +104,8 @@ class ExitConfig(Checked):
             found.append(f"`shortlist` has {large}; this backbone's vocabulary has {vocab_size} entries: lower it")
         if (num_layers, None) in zip(self.depths, self.per_exit("shortlist")):
             found.append(f"`depths` has {num_layers}, the full depth: leave it out or give its exit a `shortlist`")
-        if self.layers > num_layers and "block" in self.per_exit("head"):
-            found.append(f"`layers` is {self.layers}; a block head is copied from the backbone's {num_layers} blocks")
+        if self.layers > num_layers and {"block", "mlp"} & set(self.per_exit("head")):
+            found.append(f"`layers` is {self.layers}; heads are copied from the backbone's {num_layers} blocks")
         if found:
             raise ConfigError("ExitConfig", found)
 

@@ -253,7 +253,7 @@ def decode(
         streamer: gets every column of new ids.
         **model_kwargs: what `generate` prepared for the model's forward; the mask is used, the cache must be empty.
     """
-    _check(generation_config, input_ids, model_kwargs, model.view.max_context)
+    _check(generation_config, input_ids, model_kwargs, model.view)
     tokens = Tokens(input_ids, model_kwargs.get("attention_mask"))
     walk = Walk(model.view, model.exits, model.depths, policy, tokens, probe)
     generators = _generators(seed, input_ids) if generation_config.do_sample else None
@@ -310,15 +310,23 @@ def _pick(scores: Tensor, generators: list | None, live: np.ndarray) -> Tensor:
     return chosen
 
 
-def _check(config, input_ids: Tensor, model_kwargs: dict, max_context: int | None) -> None:
-    problems, past_key_values = [], model_kwargs.get("past_key_values")
+def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone) -> None:
+    problems, past_key_values, mask = [], model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    prompt, limit = input_ids.shape[1], view.max_context
     if config.num_beams and config.num_beams > 1:
         problems.append(f"num_beams={config.num_beams}: beam search is not supported; leave it at 1")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
         problems.append("past_key_values holds tokens: continuing from a cache is not supported; pass the whole prompt")
-    if max_context is not None and input_ids.shape[1] > max_context:
-        problems.append(f"the prompt has {input_ids.shape[1]} tokens, the model's context is {max_context}; shorten it")
-    if input_ids.shape[1] == 0:
+    if mask is not None and (mask.shape != input_ids.shape or (mask.long().diff(dim=1) < 0).any()):
+        problems.append("attention_mask must be 0 on the left, where a row is padded, and 1 from there on")
+    if limit is not None and prompt > limit:
+        problems.append(f"the prompt has {prompt} tokens, the model's context is {limit}; shorten it")
+    elif limit is not None and config.max_length > limit and not view.extends:
+        problems.append(
+            f"prompt and answer may take {config.max_length} tokens, the model has {limit} learned positions; lower "
+            "max_new_tokens"
+        )
+    if prompt == 0:
         problems.append("the prompt is empty; give at least one token")
     if problems:
         raise ValueError("generate: " + "; ".join(problems))

@@ -133,7 +133,8 @@ class Gate(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Returns the class-balanced logit [...] of a learned gate for states [..., hidden]."""
-        return self.read(self.norm(state.float())).squeeze(-1)
+        normed = self.norm(state.float())
+        return self.read(normed.to(next(self.read.parameters()).dtype)).squeeze(-1)
 
     def score(self, state: Tensor, logits: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """Returns scores [...] in [0, 1].
@@ -146,10 +147,10 @@ class Gate(nn.Module):
         if self.learned:
             return torch.sigmoid(self(state) + prior_shift(self.prior))
         if self.kind == "similarity":
-            return (1 + nn.functional.cosine_similarity(state.float(), before.float(), dim=-1)) / 2
+            return ((1 + nn.functional.cosine_similarity(state.float(), before.float(), dim=-1)) / 2).clamp(0, 1)
         probs = logits.float().softmax(-1)
         if self.kind == "entropy":
-            return 1 + (probs * probs.clamp_min(1e-30).log()).sum(-1) / math.log(probs.shape[-1])
+            return (1 + (probs * probs.clamp_min(1e-30).log()).sum(-1) / math.log(probs.shape[-1])).clamp(0, 1)
         best = probs.topk(2).values
         return best[..., 0] if self.kind == "max_prob" else best[..., 0] - best[..., 1]
 

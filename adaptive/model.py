@@ -44,7 +44,7 @@ class ExitOutput(ModelOutput):
 
 
 class EarlyExitModel(nn.Module):
-    """A backbone and its exits. The backbone is wrapped, not copied or changed, until a mode that trains it is chosen.
+    """A backbone and its exits. The backbone is wrapped, not copied, and frozen until a mode that trains it is chosen.
 
     Args:
         backbone: a causal LM; a `PeftModel` or a quantized model is welcome.
@@ -66,6 +66,7 @@ class EarlyExitModel(nn.Module):
         self.policy = ExitPolicy.full(len(self.depths))
         self.certificate: Certificate | None = None
         self.mode, self.step, self.seed, self.gates_only = "frozen", 0, 0, False
+        self.own_clock = True
         self._teacher: list = []
         self.train_mode("frozen")
 
@@ -214,6 +215,8 @@ class EarlyExitModel(nn.Module):
         if labels is None:
             return ExitOutput(logits=self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits)
         loss, metrics = joint_loss(self, input_ids, attention_mask, labels, num_items_in_batch)
+        if self.training and self.own_clock:
+            self.step += 1  # another loop than train/exits.py: what is drawn at random must change all the same
         return ExitOutput(loss=loss, metrics=metrics)
 
     def generate(

@@ -31,14 +31,12 @@ class Targets:
         keep: [batch, tokens - 1] bool, which positions are labelled.
         normed: [N, hidden], the full model's normed state.
         top: [N, k], its best vocabulary entries.
-        best: [N], its largest logit.
         labels: [N], the wanted entries.
     """
 
     keep: Tensor
     normed: Tensor
     top: Tensor
-    best: Tensor
     labels: Tensor
 
     def pick(self, states: Tensor) -> Tensor:
@@ -118,7 +116,7 @@ def joint_loss(
     for index, depth in enumerate(model.depths):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not model.gates_only):
             normed = targets.pick(exit_features(view, exits, index, depth, states[index], calls, cache))
-            if weights[index] and not model.gates_only:
+            if not model.gates_only and (weights[index] or not model.training):
                 exit_loss = compare(normed).sum()
                 loss = loss + weights[index] * exit_loss / total
                 metrics[f"exit_{depth}/loss"] = exit_loss.detach() / count
@@ -173,14 +171,8 @@ class _Comparison:
 def _targets(view: Backbone, normed: Tensor, labels: Tensor, top_k: int) -> Targets:
     keep = labels[:, 1:] != -100
     picked = normed[:, :-1][keep]
-    tops = [view.logits(chunk).topk(min(top_k, view.vocab_size)) for chunk in picked.split(CHUNK)]
-    return Targets(
-        keep,
-        picked,
-        torch.cat([t.indices for t in tops]),
-        torch.cat([t.values[:, 0] for t in tops]).float(),
-        labels[:, 1:][keep],
-    )
+    tops = [view.logits(chunk).topk(min(top_k, view.vocab_size)).indices for chunk in picked.split(CHUNK)]
+    return Targets(keep, picked, torch.cat(tops), labels[:, 1:][keep])
 
 
 def _weights(model, config) -> list[float]:
@@ -225,7 +217,8 @@ def _gate_loss(
     if not len(state):
         return none.sum(), none
     with torch.no_grad():
-        lost = targets.best[picked] - model.teacher_view.logit_of(targets.normed[picked], said)
+        best = model.teacher_view.logit_of(targets.normed[picked], targets.top[picked, 0])
+        lost = best - model.teacher_view.logit_of(targets.normed[picked], said)
         no_harm = ~losses.harm(lost, model.loss_config.tolerance)
         metrics[f"exit_{depth}/agreement"] = (said == targets.top[picked, 0]).float().mean()
         metrics[f"exit_{depth}/no_harm"] = no_harm.float().mean()

@@ -60,6 +60,9 @@ def answer(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            # What the full model judges is its own distribution, without the penalties some models ship with.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=pad,
             policy=policy,
             probe=probe,
@@ -99,5 +102,5 @@ def judge(
 def observe(model, prompts: list[list[int]], policy: ExitPolicy, max_new_tokens: int, batch_size: int = 32) -> Outcome:
     """Returns what free generation under a policy does on these prompts, judged by the full model."""
     answers, trace = answer(model, prompts, policy, max_new_tokens, batch_size)
-    regret, nll = judge(model, prompts, answers, batch_size)
+    regret, nll = judge(model, prompts, answers)
     return Outcome(answers, trace, regret, nll)

@@ -41,6 +41,11 @@ def _encode(prompt: Prompt, tokenizer) -> list[int]:
     return [int(token) for token in prompt]
 
 
+def is_ids(prompt: Prompt) -> bool:
+    """Returns whether a prompt is token ids already, so that no tokenizer is needed for it."""
+    return not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], dict))
+
+
 def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Returns ids and attention mask [batch, longest], padding on the left."""
     longest = max(map(len, prompts))

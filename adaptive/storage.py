@@ -6,6 +6,7 @@ interrupt leaves what was there before.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from adaptive.pretrained import resolve
 from adaptive.runs import put
 
 logger = logging.getLogger(__name__)
-WEIGHTS, CONFIG, CERTIFICATE = "exits.safetensors", "exit_config.json", "certificate.json"
+WEIGHTS, CONFIG, CERTIFICATE, ADAPTER = "exits.safetensors", "exit_config.json", "certificate.json", "adapter"
 FORMAT = 1
 
 
@@ -43,8 +44,10 @@ def digest(module: nn.Module) -> str:
 
 
 def model_digest(model) -> str:
-    """Returns the sha256 that a certificate names: of the backbone as it is loaded (type included) and its exits."""
-    return hashlib.sha256((digest(model.view.inner) + digest(model.exits)).encode()).hexdigest()
+    """Returns the sha256 that a certificate names: of the backbone as it is loaded (type included), its exits and where
+    they sit."""
+    where = json.dumps(model.exit_config.to_dict(), sort_keys=True)
+    return hashlib.sha256((digest(model.view.inner) + digest(model.exits) + where).encode()).hexdigest()
 
 
 def save(model, folder: Path) -> None:
@@ -65,6 +68,7 @@ def save(model, folder: Path) -> None:
             "backbone": source,
             "mode": model.mode,
             "backbone_digest": digest(model.view.inner),
+            "adapter": hasattr(model.backbone, "peft_config") and model.mode != "full",
             "dtype": str(model.dtype).removeprefix("torch."),
             "exits_sha256": _sha256(fresh / WEIGHTS),
             "exits": model.exit_config.to_dict(),
@@ -73,8 +77,10 @@ def save(model, folder: Path) -> None:
         (fresh / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
         if model.certificate is not None:
             model.certificate.save(fresh / CERTIFICATE)
-        (fresh / "README.md").write_text(model_card(model, source))
+        (fresh / "README.md").write_text(model_card(model, source, model.mode))
         for path in sorted(fresh.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
         if model.certificate is None:
             (folder / CERTIFICATE).unlink(missing_ok=True)  # it was of other exits
@@ -88,18 +94,32 @@ def save(model, folder: Path) -> None:
 
 
 def _write_backbone(model, folder: Path) -> str | None:
-    """Returns where the backbone can be loaded from, None for the folder itself; writes it there if need be."""
+    """Returns where the backbone can be loaded from, None for the folder itself; writes it there if need be.
+
+    Raises:
+        ValueError: a PEFT adapter of another name than "default".
+    """
+    adapted = hasattr(model.backbone, "peft_config")
+    if adapted and list(model.backbone.peft_config) != ["default"]:
+        raise ValueError(
+            f"the backbone has the adapters {list(model.backbone.peft_config)}; one, named 'default', can be saved: "
+            "merge or rename them"
+        )
     name = str(getattr(model.view.inner, "name_or_path", "") or "")
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         name = str(Path(name).resolve())
+    if adapted and model.mode != "full":
+        model.backbone.save_pretrained(folder / ADAPTER)
     # A backbone that lies in a run's own folder was trained with it, or had no other home.
-    if model.mode == "full" or not name or (Path(name) / CONFIG).exists():
-        model.view.inner.save_pretrained(folder)
-        _write_tokenizer(name, folder)
-        return None
-    if hasattr(model.backbone, "peft_config"):
-        model.backbone.save_pretrained(folder)
-    return name
+    if name and model.mode != "full" and not (Path(name) / CONFIG).exists():
+        return name
+    inner = model.view.inner
+    if adapted:
+        copied = copy.deepcopy(model.backbone)
+        inner = copied.merge_and_unload() if model.mode == "full" else copied.unload()
+    inner.save_pretrained(folder)
+    _write_tokenizer(name, folder)
+    return None
 
 
 def _write_tokenizer(name: str, folder: Path) -> None:
@@ -115,7 +135,7 @@ def save_certificate(model, folder: Path) -> None:
     """Writes a model's certificate, and the model card that states it, into the folder it was saved to."""
     record = _read_config(folder)
     model.certificate.save(folder / CERTIFICATE)
-    put(folder / "README.md", lambda path: path.write_text(model_card(model, record["backbone"])))
+    put(folder / "README.md", lambda path: path.write_text(model_card(model, record["backbone"], record["mode"])))
 
 
 def load(cls, folder: str, backbone: nn.Module | None, kwargs: dict):
@@ -169,7 +189,17 @@ def _read_config(path: Path) -> dict:
         record = json.loads((path / CONFIG).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path / CONFIG}' is not JSON ({error}); save the model again") from None
-    missing = {"format", "backbone", "mode", "backbone_digest", "exits_sha256", "dtype", "exits", "loss"} - set(record)
+    missing = {
+        "format",
+        "backbone",
+        "mode",
+        "backbone_digest",
+        "exits_sha256",
+        "adapter",
+        "dtype",
+        "exits",
+        "loss",
+    } - set(record)
     if missing:
         raise ValueError(f"'{path / CONFIG}' lacks {sorted(missing)}; save the model again")
     if record["format"] > FORMAT:
@@ -196,10 +226,10 @@ def _load_backbone(path: Path, record: dict, kwargs: dict) -> nn.Module:
     kwargs = {"dtype": record["dtype"], **kwargs}
     backbone = AutoModelForCausalLM.from_pretrained(path if name is None else resolve(name), **kwargs)
     backbone.name_or_path = str(path) if name is None else name
-    if (path / "adapter_config.json").exists():
+    if record["adapter"]:
         from peft import PeftModel
 
-        backbone = PeftModel.from_pretrained(backbone, path)
+        backbone = PeftModel.from_pretrained(backbone, path / ADAPTER)
     return backbone
 
 

@@ -1,11 +1,9 @@
 """Calibration on a model: harm is what the full model says, certificates hold what they promise, too few refuse."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny
+from conftest import VOCAB
 
 from adaptive import EarlyExitModel, ExitConfig, calibrate, certify, losses, outcomes
 from adaptive.policy import ExitPolicy
@@ -92,7 +90,7 @@ def test_a_budget_is_kept_and_its_risk_certified(model):
 
 
 def test_too_few_prompts_are_refused_with_the_number_needed(model):
-    with pytest.raises(ValueError, match="(?s)75 prompts given; at least 1[0-9][0-9] are needed.*more prompts"):
+    with pytest.raises(ValueError, match="75 different prompts.*at least 167 must.*223 or more"):
         calibrate(model, questions(100), risk=0.02, tokenizer=Tokenizer())
 
 
@@ -105,11 +103,14 @@ def test_impossible_requests_are_named_at_once(model):
         calibrate(model, [], tokenizer=Tokenizer())
 
 
-def test_exits_that_always_harm_are_not_certified_but_never_taken():
-    model = EarlyExitModel.from_backbone(tiny("llama"), ExitConfig(depths=[1], head="norm", gate="entropy"))
-    certificate = calibrate(model, questions(100), risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW)
-    assert certificate.mean <= 0.1
-    assert certificate.thresholds == [math.inf] or certificate.saved < 0.2
+def test_exits_that_harm_are_refused_rather_than_certified(model):
+    """A selection that flatters the exits: certification sees what they really do."""
+    asked = questions(80)
+    found = certify.survey(model, questions(20, seed=5), NEW)
+    found.regret[:] = 0
+    with pytest.raises(certify.Refused, match="no policy was certified.*mean harm 0"):
+        calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
+    assert model.policy == ExitPolicy.full(2) and model.certificate is None
 
 
 def test_a_certificate_of_other_weights_warns_loudly(model, tmp_path, caplog):
@@ -122,3 +123,17 @@ def test_a_certificate_of_other_weights_warns_loudly(model, tmp_path, caplog):
     assert again.policy.thresholds == tuple(certificate.thresholds)
     EarlyExitModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     assert "calibrate this model" in caplog.text
+
+
+def test_repeated_and_shared_prompts_are_no_evidence(model):
+    asked = questions(60)
+    with pytest.raises(ValueError, match="3 different prompts"):
+        calibrate(model, asked[:4] * 100, risk=0.1, tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match="5 prompts would both choose and certify"):
+        calibrate(model, asked, budget=1.0, selection=asked[:5], tokenizer=Tokenizer())
+
+
+def test_penalties_of_the_generation_config_do_not_count_as_harm(model):
+    model.generation_config.repetition_penalty = 1.5
+    outcome = outcomes.observe(model, questions(4), ExitPolicy.full(2), NEW)
+    assert np.nanmax(outcome.regret) < 1e-4

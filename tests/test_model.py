@@ -1,6 +1,7 @@
 """The wrapped model: what it costs, what it saves, what it refuses, and what its loss means."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +218,50 @@ def test_damaged_and_foreign_files_are_refused_or_warned_of(tmp_path, caplog):
         EarlyExitModel.from_pretrained(str(tmp_path / "nowhere"))
 
 
+def test_a_model_without_a_name_is_saved_whole(llama, tmp_path):
+    model = EarlyExitModel(llama, ExitConfig(depths=[2]))
+    model.save_pretrained(tmp_path)
+    again = EarlyExitModel.from_pretrained(tmp_path)
+    ids = batch()["input_ids"]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    again.save_pretrained(tmp_path / "copy")
+    copied = EarlyExitModel.from_pretrained(tmp_path / "copy")
+    assert torch.equal(copied(ids).logits, model(ids).logits)
+
+
+def test_an_earlier_adapter_is_not_taken_for_a_later_model(tmp_path):
+    import peft
+
+    tiny("llama").save_pretrained(tmp_path / "backbone")
+    for adapted in (True, False):
+        model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), ExitConfig(depths=[2]))
+        if adapted:
+            model.backbone = peft.get_peft_model(model.backbone, peft.LoraConfig(r=4, init_lora_weights=False))
+            model.train_mode("lora")
+        model.save_pretrained(tmp_path / "saved")
+    again = EarlyExitModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(batch()["input_ids"]).logits, model(batch()["input_ids"]).logits)
+
+
+def test_random_draws_change_without_our_loop(llama):
+    model = EarlyExitModel(llama, ExitConfig(depths=[1, 3]), LossConfig(curriculum="rotational")).train()
+    trained = {name for _ in range(2) for name in model(**batch()).metrics if name.endswith("/loss")}
+    assert trained == {"exit_1/loss", "exit_3/loss"} and model.step == 2
+    model.eval()(**batch())
+    assert model.step == 2
+
+
+def test_two_threads_can_generate_at_once(llama):
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = EarlyExitModel(llama, ExitConfig(depths=[1, 3])).eval()
+    settings = dict(max_new_tokens=12, do_sample=False, policy=[0.5, 0.5])
+    expected = [model.generate(**prompts(3, seed=seed), **settings) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda seed: model.generate(**prompts(3, seed=seed), **settings), range(8)))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 def test_a_full_disk_leaves_the_earlier_save(tmp_path, monkeypatch):
     from adaptive import storage
 
@@ -272,3 +317,31 @@ def test_every_family_trains_every_head(family):
         out = model(**batch(), attention_mask=torch.ones(2, 10, dtype=torch.long))
         out.loss.backward()
         assert all(p.grad is not None for p in model.exit_parameters())
+
+
+def test_push_uploads_what_save_writes_and_keeps_a_card(llama, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            calls.append((repo_id, private, exist_ok, self.token))
+            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+        def file_exists(self, repo, name):
+            return name == "README.md"
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            calls.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir()), ignore_patterns))
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    model = EarlyExitModel(llama, ExitConfig(depths=[2]))
+    assert model.push_to_hub("exits", private=True, token="t") == "https://hub/commit"
+    assert calls[0] == ("exits", True, True, "t")
+    assert calls[1][0] == "me/exits" and calls[1][2] == ["README.md"]
+    assert {"exits.safetensors", "exit_config.json", "model.safetensors"} <= set(calls[1][1])

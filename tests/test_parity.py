@@ -164,6 +164,12 @@ def test_bad_requests_are_refused_in_one_error():
         generate(model, prompts(1), policy=[0.5])
     with pytest.raises(ValueError, match="context is 128"):
         generate(model, {"input_ids": torch.ones(1, 130, dtype=torch.long)})
+    holed = prompts(1)
+    holed["attention_mask"][0, 4] = 0
+    with pytest.raises(ValueError, match="0 on the left"):
+        generate(model, holed)
+    with pytest.raises(ValueError, match="learned positions"):
+        with_exits("gpt2").generate(input_ids=torch.ones(1, 120, dtype=torch.long), max_new_tokens=20)
     with pytest.raises(ValueError, match="beam"):
         generate(model, prompts(1), num_beams=2)
     with pytest.raises(ValueError, match="thresholds"):

@@ -265,6 +265,13 @@ def test_unknown_tracker_is_refused(exits, place, tmp_path):
         exits.main(configure(place, tmp_path, log_with="nonsense"))
 
 
+def test_wandb_tracks_without_a_network(exits, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    exits.main(configure(place, tmp_path / "run", steps=2, eval_every=2, log_with="wandb"))
+    written = list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+    assert written and b"exit_3/gate_ece" in written[0].read_bytes()
+
+
 def test_help_and_typos_answer_at_once():
     """No torch, no accelerate: the answer is there within a second or so."""
     shown = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)

@@ -4,11 +4,12 @@
     python train/calibrate.py --run runs/mine --prompts my_prompts.jsonl --budgets 0.7,0.8 --harm sequence
 
 Prompts are a .json file of {"select": [...], "certify": [...]} (as train/text.py writes), or anything that
-`adaptive.data.read_texts` reads, of which a quarter selects. The first target that is certified becomes the model's
-policy. In the run's folder:
+`adaptive.data.read_texts` reads, of which a quarter selects. The first target asked for becomes the model's policy
+once it is certified. In the run's folder:
 
-    certificate.json             of the first target met; `EarlyExitModel.from_pretrained` takes it
+    certificate.json             of the first target; `EarlyExitModel.from_pretrained` takes it
     calibration/<target>.json    one certificate per target
+    calibration.before/          of other weights, prompts or settings
     calibration/survey.safetensors   what the gates and heads said on the selection prompts
 """
 
@@ -26,7 +27,7 @@ class CalibrationConfig(Checked):
     Attributes:
         run: folder of the trained model
         prompts: file or data set of prompts
-        risks: largest expected harm per token, one certificate each
+        risks: largest expected harm per token, one certificate each; 0.02 if no target is given
         budgets: FLOPs relative to full depth, one certificate each
         delta: probability with which each certificate may be wrong
         harm: regret, disagreement or sequence
@@ -34,12 +35,13 @@ class CalibrationConfig(Checked):
         bound: wsr, hb, or crc (which controls the mean only)
         max_new_tokens: length up to which answers are generated and vouched for
         batch_size: rows generated at once
+        spare: certify a risk on so many times the prompts that zero harm would need; none = on all of them
         seed: of the order in which prompts enter the bound
     """
 
     run: str
     prompts: str
-    risks: list[float] = field(default_factory=lambda: [0.02])
+    risks: list[float] = field(default_factory=list)
     budgets: list[float] = field(default_factory=list)
     delta: float = 0.05
     harm: Literal["regret", "disagreement", "sequence"] = "regret"
@@ -47,15 +49,18 @@ class CalibrationConfig(Checked):
     bound: Literal["wsr", "hb", "crc"] = "wsr"
     max_new_tokens: int = 64
     batch_size: int = 32
+    spare: int | None = None
     seed: int = 0
 
     def problems(self) -> list[str]:
         """One line for each fault."""
-        found = self._below(1, "max_new_tokens", "batch_size") + self._below(0, "seed", "tolerance")
+        found = (
+            self._below(2, "max_new_tokens")
+            + self._below(1, "batch_size", "spare")
+            + self._below(0, "seed", "tolerance")
+        )
         found += [f"`risks` has {r}; each must be between 0 and 1" for r in self.risks if not 0 < r < 1]
         found += [f"`budgets` has {b}; each must be above 0" for b in self.budgets if b <= 0]
-        if not self.risks and not self.budgets:
-            found.append("`risks` and `budgets` are both empty; give a target")
         if not 0 < self.delta < 1:
             found.append(f"`delta` is {self.delta}; it must be between 0 and 1")
         return found
@@ -69,6 +74,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +90,6 @@ from adaptive.prompts import encode
 from adaptive.runs import put, write_json
 from adaptive.storage import model_digest, save_certificate
 
-ENOUGH = 2  # times the prompts that zero harm would need: a larger risk is certified on fewer, in less time
-
 
 def main(config: CalibrationConfig) -> dict[str, Certificate]:
     """Writes and returns the certificates by target; those that were refused are named."""
@@ -93,16 +97,16 @@ def main(config: CalibrationConfig) -> dict[str, Certificate]:
     folder.mkdir(parents=True, exist_ok=True)
     model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
     selection, certifying = read_prompts(config)
-    forget_other(folder, config, model_digest(model), digest(repr((selection, certifying)).encode()))
+    put_aside_other(folder, config, model_digest(model), digest(repr((selection, certifying)).encode()))
     found, certificates, refusals = None, {}, []
     for name, risk, budget in targets(config):
         path = folder / f"{name}.json"
         if not path.exists():
             found = found or surveyed(model, selection, config, folder / "survey.safetensors")
-            prompts = certifying if risk is None else certifying[: ENOUGH * needed(config, risk)]
+            prompts = certifying if risk is None or config.spare is None else certifying[: needed(config, risk)]
             try:
                 certified(model, found, prompts, risk, budget, config).save(path)
-            except ValueError as error:
+            except certify.Refused as error:
                 # The other targets may still be met, and hours may lie behind them.
                 refusals.append(f"{name}: {error}")
                 continue
@@ -110,8 +114,11 @@ def main(config: CalibrationConfig) -> dict[str, Certificate]:
     print("\n".join([*refusals, *([table(config, certificates)] if certificates else [])]))
     if not certificates:
         raise ValueError("no target was certified; see above")
-    model.certify(next(iter(certificates.values())))
-    save_certificate(model, Path(config.run))
+    first = targets(config)[0][0]
+    # The first one asked for, not the first one met: a choice after the fact would be wrong more often than delta.
+    if first in certificates:
+        model.certify(certificates[first])
+        save_certificate(model, Path(config.run))
     return certificates
 
 
@@ -134,13 +141,14 @@ def certified(model, found, prompts, risk, budget, config: CalibrationConfig) ->
 
 
 def needed(config: CalibrationConfig, risk: float) -> int:
-    """Returns the number of prompts below which not even zero harm certifies a risk."""
-    return needed_prompts(risk, spend(config.delta, 2)[0], config.bound)
+    """Returns `spare` times the number of prompts below which not even zero harm certifies a risk."""
+    return config.spare * needed_prompts(risk, spend(config.delta, 2)[0], config.bound)
 
 
 def targets(config: CalibrationConfig) -> list[tuple[str, float | None, float | None]]:
     """Returns (name, risk, budget) of every certificate asked for."""
-    return [(f"risk-{risk:g}", risk, None) for risk in config.risks] + [
+    risks = config.risks if config.risks or config.budgets else [0.02]
+    return [(f"risk-{risk:g}", risk, None) for risk in risks] + [
         (f"budget-{budget:g}", None, budget) for budget in config.budgets
     ]
 
@@ -153,7 +161,7 @@ def read_prompts(config: CalibrationConfig) -> tuple[list, list]:
             raise ValueError(f"`prompts`={config.prompts} lacks {sorted(missing)}; it has {sorted(parts)}")
         selection, certifying = parts["select"], parts["certify"]
     else:
-        texts = read_texts(config.prompts, render=last_question)
+        texts = list(dict.fromkeys(read_texts(config.prompts, render=last_question)))
         order = np.random.default_rng(config.seed).permutation(len(texts))
         selection = [texts[i] for i in order[: len(texts) // 4]]
         certifying = [texts[i] for i in order[len(texts) // 4 :]]
@@ -170,8 +178,8 @@ def last_question(messages: list[dict[str, str]]) -> str:
     return next(message["content"] for message in reversed(messages) if message["role"] == "user")
 
 
-def forget_other(folder: Path, config: CalibrationConfig, weights: str, prompts: str) -> None:
-    """Removes what an earlier calibration of other weights, other prompts or with other settings left."""
+def put_aside_other(folder: Path, config: CalibrationConfig, weights: str, prompts: str) -> None:
+    """Puts aside what an earlier calibration of other weights, other prompts or with other settings left."""
     settings = {
         name: value
         for name, value in dataclasses.asdict(config).items()
@@ -179,8 +187,10 @@ def forget_other(folder: Path, config: CalibrationConfig, weights: str, prompts:
     }
     record, path = settings | {"model_digest": weights, "prompts_digest": prompts}, folder / "settings.json"
     if not path.exists() or json.loads(path.read_text()) != record:
-        for old in folder.iterdir():
-            old.unlink()
+        if any(folder.iterdir()):
+            shutil.rmtree(folder.with_name("calibration.before"), ignore_errors=True)
+            folder.rename(folder.with_name("calibration.before"))
+            folder.mkdir()
         write_json(path, record)
 
 

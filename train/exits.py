@@ -155,7 +155,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(prepared)
-    plain.seed = config.seed
+    plain.seed, plain.own_clock = config.seed, False
     batch = config.batch_size * config.accumulate * accelerator.num_processes
     progress = {"step": 0, "best": None, "rows_per_step": batch, "data_sha256": digest(rows)}
     return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, settled, progress)

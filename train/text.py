@@ -41,7 +41,7 @@ class TextConfig(Checked):
     model: str = "smollm2-135m-instruct"
     train: int = 400
     select: int = 64
-    certify: int = 200
+    certify: int = 400
     report: int = 48
     prompt_tokens: int = 48
     answer_tokens: int = 128
@@ -146,7 +146,7 @@ def own_prompts(model: EarlyExitModel, tokenizer, config: TextConfig, folder: Pa
                     [opening] * config.batch_size,
                     config.prompt_tokens,
                     1.0,
-                    seed=config.seed + 10_000 * batch,
+                    seed=seed_of(config, 0, batch),
                 )
                 write_json(path, {"texts": [tokenizer.decode(t, skip_special_tokens=True).strip() for t in texts]})
             before = len(prompts)
@@ -159,7 +159,14 @@ def own_prompts(model: EarlyExitModel, tokenizer, config: TextConfig, folder: Pa
                     f"after {batch} batches the model wrote only {len(prompts)} different prompts of the "
                     f"{wanted} wanted; ask for fewer, or give prompts of your own to train/calibrate.py"
                 )
-    return list(prompts)[:wanted]
+    # In the order in which they were written the common ones come first, and the parts must be alike.
+    order = np.random.default_rng(config.seed).permutation(wanted)
+    return [list(prompts)[i] for i in order]
+
+
+def seed_of(config: TextConfig, kind: int, batch: int) -> int:
+    """Returns a batch's seed. Rows count on from it, so neighbouring seeds must be far apart."""
+    return int(np.random.SeedSequence([config.seed, kind, batch]).generate_state(1, np.uint64)[0] >> 2)
 
 
 def opening_of(tokenizer) -> list[int]:
@@ -181,7 +188,7 @@ def own_answers(model: EarlyExitModel, tokenizer, config: TextConfig, folder: Pa
         chunk = encoded[start : start + config.batch_size]
         if not path.exists():
             answers = sample(
-                model, tokenizer, chunk, config.answer_tokens, config.temperature, seed=config.seed + 5_000_000 + start
+                model, tokenizer, chunk, config.answer_tokens, config.temperature, seed=seed_of(config, 1, start)
             )
             width = max(map(len, answers))
             ids = np.array([answer + [-1] * (width - len(answer)) for answer in answers], dtype=np.int32)
@@ -212,7 +219,11 @@ def sample(
 ) -> list[list[int]]:
     """Returns what the model says after each prompt, the end of the turn included if it came to one."""
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, model.device)
-    settings = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    settings = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=new, seed=seed, return_dict_in_generate=True, **settings
     )
