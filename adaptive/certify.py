@@ -24,6 +24,7 @@ from adaptive.storage import model_digest
 logger = logging.getLogger(__name__)
 HARMS = ("regret", "disagreement", "sequence")
 CAUTION = 0.75  # aim for a bound this far below the risk: free generation drifts from the survey
+SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
 RETREAT = 0.5  # the second attempt allows this share of the harm that the first one was promised
 
 
@@ -113,10 +114,10 @@ def harm_of_answers(harm: str | Callable, answers: list[list[int]], reference: l
 def choose(model, found: Survey, request: Request, n: int, delta: float, most: float) -> tuple[tuple, dict]:
     """Returns thresholds, and what the survey promises of them.
 
-    For a risk: the cheapest thresholds whose harms, resampled to the size of the certification, would be certified
-    with `CAUTION` to spare; found by bisection over the mean harm per token. The harm of whole answers does not
-    follow from that of tokens, so those are generated, for the selection prompts. For a budget: the least harmful
-    thresholds within it.
+    For a risk: the cheapest thresholds whose harms, resampled as another survey and then to the size of the
+    certification, would be certified with `CAUTION` to spare `SURE`ly; found by bisection over the mean harm per token.
+    The harm of whole answers does not follow from that of tokens, so those are generated, for the selection prompts.
+    For a budget: the least harmful thresholds within it.
 
     Args:
         model: the `EarlyExitModel`.
@@ -136,8 +137,11 @@ def choose(model, found: Survey, request: Request, n: int, delta: float, most: f
             asked, policy = unpadded(found.prompts), ExitPolicy(tuple(thresholds))
             answers = answer(model, asked, policy, request.max_new_tokens, request.batch_size, note="choosing")[0]
             harms = harm_of_answers(request.harm, answers, unpadded(found.answers))
-        draws = np.random.default_rng(request.seed).choice(harms, (8, n))
-        return np.mean([calibration.BOUNDS[request.bound](draw, delta) for draw in draws]) <= CAUTION * request.risk
+        generator, bounds = np.random.default_rng(request.seed), []
+        for _ in range(20):
+            other = generator.choice(harms, len(harms))  # another survey, as it might have been
+            bounds.append(calibration.BOUNDS[request.bound](generator.choice(other, n), delta))
+        return np.quantile(bounds, SURE) <= CAUTION * request.risk
 
     if request.budget is not None:
         thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)

@@ -1,0 +1,98 @@
+"""Check a certificate again, on prompts that nobody has seen: harm in free generation against the certified bound.
+
+    python train/text.py --output runs/new --seed 1 --train 1 --select 1 --certify 1 --report 200
+    python eval/recheck.py --run runs/demo --prompts runs/new/prompts.json --output results/recheck.json
+
+Prompts that chose or certified (`seen`) are left out. The last line is one JSON document.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from adaptive.config import Checked, load_config
+
+
+@dataclass
+class RecheckConfig(Checked):
+    """What to check, and on what.
+
+    Attributes:
+        run: folder of the certified model
+        prompts: .json file whose part "report" holds the new prompts
+        seen: .json file of the prompts that chose and certified, if there may be common ones
+        batch_size: rows generated at once
+        output: file to write the figures to; none = only print them
+    """
+
+    run: str
+    prompts: str
+    seen: str | None = None
+    batch_size: int = 64
+    output: str | None = None
+
+    def problems(self) -> list[str]:
+        """One line for each fault."""
+        return self._below(1, "batch_size")
+
+
+if __name__ == "__main__":
+    # Before the heavy imports: --help and a mistyped key answer at once.
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    CONFIG = load_config(cls=RecheckConfig)
+
+import json
+from pathlib import Path
+
+import torch
+
+from adaptive import certify
+from adaptive.model import EarlyExitModel
+from adaptive.outcomes import observe
+from adaptive.policy import ExitPolicy
+from adaptive.prompts import encode
+from adaptive.runs import write_json
+
+
+def main(config: RecheckConfig) -> dict:
+    """Prints and returns the figures.
+
+    Raises:
+        ValueError: the run has no certificate, or one of whole answers.
+    """
+    model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
+    certificate = model.certificate
+    if certificate is None or certificate.harm not in ("regret", "disagreement"):
+        raise ValueError(f"{config.run} has no certificate of harm per token; run train/calibrate.py with such a harm")
+    seen = json.loads(Path(config.seen).read_text()) if config.seen else {}
+    known = {str(prompt) for part in seen.values() for prompt in part}
+    prompts = [p for p in json.loads(Path(config.prompts).read_text())["report"] if str(p) not in known]
+    ids = encode(prompts, certify.load_tokenizer(model))
+    policy = ExitPolicy(tuple(certificate.thresholds))
+    outcome = observe(model, ids, policy, certificate.max_new_tokens, config.batch_size)
+    harms = certify.loss_per_prompt(certificate.harm, certificate.tolerance or 0.0, outcome, None)
+    price = model.costs.price(outcome.trace)
+    document = {
+        "command": " ".join(sys.argv),
+        "run": config.run,
+        "prompts": len(ids),
+        "harm": float(harms.mean()),
+        "standard_error": float(harms.std(ddof=1) / len(harms) ** 0.5),
+        "epsilon": certificate.epsilon,
+        "certified": certificate.certified,
+        "mean_depth": outcome.trace.mean_depth,
+        "relative_flops": price.relative_flops,
+        "saved": price.saved,
+        "threads": torch.get_num_threads(),
+    }
+    held = document["harm"] <= certificate.certified
+    print(f"harm {document['harm']:.4f} ± {document['standard_error']:.4f} on {len(ids)} new prompts, certified "
+          f"{certificate.certified:.4f}: {'holds' if held else 'does NOT hold on these'}")  # fmt: skip
+    if config.output:
+        write_json(Path(config.output), document)
+    print(json.dumps(document))
+    return document
+
+
+if __name__ == "__main__":
+    main(CONFIG)
