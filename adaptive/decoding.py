@@ -303,11 +303,16 @@ def _pick(scores: Tensor, generators: list | None, live: np.ndarray) -> Tensor:
     """Returns the next ids [batch]: the best, or one sampled per live row."""
     if generators is None:
         return scores.argmax(-1)
-    probs = scores.softmax(-1)
-    chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    # One draw per row from its own generator, turned into an id by the inverse of the cumulated probabilities: the
+    # work over the vocabulary is done for all rows at once.
+    cumulated = scores.float().softmax(-1).cumsum(-1)
+    draws = cumulated.new_zeros(len(scores), 1)
     for row in live:
-        chosen[row] = torch.multinomial(probs[row], 1, generator=generators[row])[0]
-    return chosen
+        draws[row] = torch.rand((), generator=generators[row], device=scores.device)
+    total = cumulated[:, -1:]
+    # Strictly below the total: an entry of probability 0 behind the last possible one must not be hit by rounding.
+    draws = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, draws, right=True)[:, 0]
 
 
 def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, prompts, tiny
@@ -174,3 +175,17 @@ def test_bad_requests_are_refused_in_one_error():
         generate(model, prompts(1), num_beams=2)
     with pytest.raises(ValueError, match="thresholds"):
         ExitPolicy((-0.1, 0.5))
+
+
+def test_sampling_follows_the_probabilities():
+    """Chi-square over 4,000 rows, each with a generator of its own; entries of probability 0 are never drawn."""
+    from adaptive.decoding import _generators, _pick
+
+    scores = torch.tensor([0.0, -1.0, -torch.inf, 2.0, 0.5, -torch.inf])
+    rows = torch.zeros(4000, 1, dtype=torch.long)
+    chosen = _pick(scores.expand(len(rows), -1), _generators(7, rows), np.arange(len(rows)))
+    counts, expected = torch.bincount(chosen, minlength=6), scores.softmax(0) * len(rows)
+    likely = expected > 0
+    assert (counts[~likely] == 0).all()
+    chi_square = ((counts - expected) ** 2 / expected)[likely].sum()
+    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
