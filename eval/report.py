@@ -271,7 +271,7 @@ def frontier(report: dict) -> Figure:
     axes.set(ylim=(0, 1), yticks=ticks, yticklabels=ticks, xlabel="FLOPs per token, relative to full depth")
     axes.set(ylabel=f"mean harm ({report['harm']})", title=f"{Path(report['model']).name}: harm against FLOPs")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     return figure
 
 
