@@ -19,7 +19,8 @@ ROWS = [
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "exits", "objective"],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "outcomes", "certify"],
+    ["rows", "outcomes", "certify", "scoring", "tally", "provenance"],
+    ["harness"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 LIGHT = ROWS[1]  # these run where torch is not installed
