@@ -2,7 +2,7 @@
 
     python eval/harness.py --model runs/demo --policies full certified exit=22 thresholds=0.9/0.9/inf \\
         --tasks lambada_openai,piqa --limit 120 --oracle 64 --output runs/demo/scores
-    accelerate launch --num_processes 2 eval/harness.py ...         # data parallel
+    accelerate launch --multi_gpu --num_processes 2 eval/harness.py ...         # data parallel
 
 Policies: full, exit=K, certified, risk=EPSILON and budget=SHARE (certificates of train/calibrate.py), thresholds=A/B/..
 All policies are scored in one pass, as far as they agree. Per policy, two files in OUTPUT/MODEL:
@@ -10,8 +10,8 @@ All policies are scored in one pass, as far as they agree. Per policy, two files
     results_TIME.json      as lm-eval writes it
     adaptive_TIME.json     trace statistics: mean depth, histogram, relative FLOPs and bytes, tokens/s, by task
 
-Tasks are names that lm-eval knows (these need a hub), or those of local YAML files (--include_path). eval/leaderboard.py
-draws the page. What a log-likelihood is under a policy: `adaptive/scoring.py`. Needs the extra [eval].
+Tasks are names that lm-eval knows (these need a hub), or those of local YAML files (--include_path).
+eval/leaderboard.py draws the page. What a log-likelihood is under a policy: adaptive/scoring.py. Needs the extra [eval].
 """
 
 import sys
@@ -111,7 +111,7 @@ def main(config: HarnessConfig) -> list[Path]:
         batch_size=config.batch_size,
         max_length=config.max_length,
     )
-    manager, written = TaskManager(include_path=config.include_path), []
+    manager, written = task_manager(config), []
     for name in config.policies:
         lm.policy = name
         tracker = EvaluationTracker(output_path=config.output)
@@ -142,6 +142,15 @@ def main(config: HarnessConfig) -> list[Path]:
             print(f"\n{name}")
             written.append(save(config, name, lm, tracker, results, statistics, seconds))
     return written
+
+
+def task_manager(config: HarnessConfig) -> TaskManager:
+    """Returns where tasks are found; lm-eval's own thousands are read only if one of them is meant."""
+    if config.include_path is not None:
+        local = TaskManager(include_path=config.include_path, include_defaults=False)
+        if set(config.tasks) <= set(local.all_tasks):
+            return local
+    return TaskManager(include_path=config.include_path)
 
 
 def save(config, name: str, lm: AdaptiveLM, tracker, results: dict, statistics: dict, seconds: float) -> Path:
