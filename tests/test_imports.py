@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # A file imports from rows above its own, and from files that stand before it in its row.
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
-    ["config", "policy", "costs", "calibration", "ranking"],
-    ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "exits", "objective"],
+    ["checked", "config", "policy", "costs", "calibration", "ranking"],
+    ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective"],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "outcomes", "certify", "scoring", "tally", "provenance"],
