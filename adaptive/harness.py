@@ -30,9 +30,9 @@ from adaptive.certify import load_tokenizer
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import pieces
-from adaptive.scoring import Row, Scored, oracle, probe, score
+from adaptive.scoring import Row, Scored, probe, score
 from adaptive.storage import model_digest
-from adaptive.tally import Tally
+from adaptive.tally import Tally, oracle
 
 logger = logging.getLogger(__name__)
 ALLOWED = "full, exit=K, certified, risk=EPSILON, budget=SHARE, thresholds=A/B/... (inf: never leave)"
@@ -101,6 +101,7 @@ class AdaptiveLM(HFLM):
         pretrained: folder or repository of the model, or the `EarlyExitModel` itself.
         policy: name of a policy, see `policy_named`; several are separated by ";", the first is in force.
         oracle: rows per task on which to find out what the best possible gates would save; 0 = leave it out.
+        folder: of the run, where `pretrained` is the model itself.
         device: for the model; None takes an accelerator if there is one.
         dtype: of the weights; None as saved.
         **kwargs: as for the harness' `hf` (batch_size, max_length, add_bos_token, enable_thinking, ...).
@@ -119,6 +120,7 @@ class AdaptiveLM(HFLM):
         pretrained: str | EarlyExitModel,
         policy: str = "certified",
         oracle: int | str = 0,
+        folder: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
         **kwargs,
@@ -141,7 +143,7 @@ class AdaptiveLM(HFLM):
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        named = {name: policy_named(name, model, str(pretrained)) for name in policy.split(";")}
+        named = {name: policy_named(name, model, folder or str(pretrained)) for name in policy.split(";")}
         self.policies = {name: found for name, (found, _) in named.items()}
         self.certificates = {name: certificate for name, (_, certificate) in named.items() if certificate}
         self.policy = next(iter(self.policies))
@@ -185,7 +187,8 @@ class AdaptiveLM(HFLM):
                 context, continuation = request
                 context = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
                 rows[context, continuation[:-1]].append(request)
-        ordered = sorted(rows, key=lambda row: -len(row[0]) - len(row[1]))
+        # Choices of one question come together: they share its context.
+        ordered = sorted(rows, key=lambda row: (-len(row[0]), row[0], -len(row[1])))
         bar = tqdm(total=len(ordered), desc=f"scoring {self._task}", disable=disable_tqdm or self.rank != 0)
         for start, size in self._batches(ordered, override_bs):
             keys = ordered[start : start + size]
@@ -207,7 +210,8 @@ class AdaptiveLM(HFLM):
         """Yields the first row and the number of rows of each batch."""
         size = override_bs or self.batch_size
         if size == "auto" and ordered:
-            longest = (None, list(ordered[0][0]), [*ordered[0][1], 0])
+            context, stem = max(ordered, key=lambda row: len(row[0]) + len(row[1]))
+            longest = (None, list(context), [*stem, 0])
             size = self._detect_batch_size([longest], 0)
         return [(start, size) for start in range(0, len(ordered), size or 1)]
 
@@ -255,6 +259,8 @@ class AdaptiveLM(HFLM):
             self.examples[self.policy][self._task] = self._example(asked[0], said[0], out.trace)
         if self.policies[self.policy] == ExitPolicy.full(self._model.num_exits):
             self._ask_oracle([Row(prompt, answer[:-1], answer[-1:]) for prompt, answer in zip(asked, said)])
+        for row, length in zip(out.sequences, lengths):  # what is behind a row's own end is nobody's
+            row[context.shape[1] + int(length) :] = self.tokenizer.pad_token_id
         return out.sequences
 
     def _example(self, prompt: list[int], answer: list[int], trace: Trace) -> dict:

@@ -7,9 +7,10 @@ The rule, for one row of context and continuation:
 - A token that has left carries its state past the skipped blocks, which make their K/V from it: later tokens attend
   to propagated K/V, exactly as in decoding. What is scored is therefore what generation does; a teacher-forced pass
   over exact K/V would flatter early exits.
-- An exit that cannot say every entry (a shortlist) gives those it can say 1 - `FLOOR` of the probability, and spreads
-  `FLOOR` evenly over the others. That is a distribution over the same vocabulary as the full model's, so perplexities
-  compare; an entry that cannot be said costs some 17 nats, not infinitely many. Such tokens are counted (`unlisted`).
+- An exit that cannot say every entry (a shortlist, or what a screen picks) gives those it can say 1 - `FLOOR` of the
+  probability, and spreads `FLOOR` evenly over the others. That is a distribution over the same vocabulary as the full
+  model's, so perplexities compare; an entry that cannot be said costs some 17 nats, not infinitely many. Such tokens
+  are counted (`unlisted`).
 
 It is one batched pass: block by block over all tokens of the continuation, those that have left keeping their state
 (CALM, Schuster et al. 2022, section 3.2, all positions at once). Several policies share the context, and every segment
@@ -18,7 +19,6 @@ up to the first token on which they decide differently.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive.exits import best
 from adaptive.kv import KV, SharedKV, replace_cache
+from adaptive.losses import regret
 from adaptive.policy import ExitPolicy, Trace
+from adaptive.tally import caught_up
 
 FLOOR = 1e-3  # probability that an exit with a shortlist keeps for all the entries which it cannot say
 CHUNK = 128  # positions whose logits over the vocabulary are held at once
@@ -95,28 +98,6 @@ def probe(model, rows: Sequence[Row]) -> Trace:
     return trace
 
 
-def oracle(trace: Trace) -> Trace:
-    """Returns the trace of somebody who knows, from a probed one: each token leaves at the first exit that already
-    says the full model's best token, and no gate is asked. No policy saves more without changing a greedy token."""
-    agrees = trace.regret <= 0  # NaN, where a row had ended, is not
-    first = np.where(agrees.any(-1), agrees.argmax(-1), len(trace.exits))
-    taken = np.where(trace.valid, first, -1)
-    headed = taken[..., None] == np.arange(len(trace.exits))
-    nothing = np.full(trace.scores.shape, np.nan, np.float32)
-    return dataclasses.replace(
-        trace, taken=taken, scores=nothing, headed=headed, caught_up=caught_up(headed, trace.prompt), regret=None
-    )
-
-
-def caught_up(headed: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-    """Returns how many columns [rows, tokens, exits] a block head with K/V of its own runs when it is next read, in a
-    row alone in its batch. Heads without them do not catch up; `costs.py` does not look at theirs."""
-    out = np.zeros(headed.shape, np.int32)
-    for row, column, exit in np.argwhere(headed):
-        out[row, column, exit] = prompt[row] + column - out[row, :column, exit].sum()
-    return out
-
-
 class _Pass:
     """One batch of rows on its way down. Columns are scored positions: 0 is the last of the context, the others lie on
     the stem; contexts are padded on the left and stems on the right, so that both begin in the same column."""
@@ -125,6 +106,10 @@ class _Pass:
         self.view, self.exits, self.depths = model.view, model.exits, model.depths
         self.rows, self.policies, self.probe, device = rows, list(policies), probe, model.device
         self.width, self.length = max(len(row.context) for row in rows), max(len(row.stem) for row in rows)
+        # Rows of one context, the choices of a question, read it once.
+        contexts = list(dict.fromkeys(tuple(row.context) for row in rows))
+        self.leaders = [[tuple(row.context) for row in rows].index(context) for context in contexts]
+        self.place = torch.tensor([contexts.index(tuple(row.context)) for row in rows], device=device)
         shape = (len(rows), self.width + self.length)
         ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         alternatives = max(len(row.last) for row in rows)
@@ -161,7 +146,7 @@ class _Pass:
 
     def run(self) -> list[Scored]:
         """Returns what each policy says."""
-        self.kv = KV(self.view.num_layers, self.width + self.length, len(self.rows))
+        self.kv = KV(self.view.num_layers, self.width + self.length, len(self.leaders))
         self.asked = [self.probe or any(policy.asks(i) for policy in self.policies) for i in range(len(self.depths))]
         self._prefill()
         stem, self.calls = self.embedded, None
@@ -177,27 +162,29 @@ class _Pass:
 
     def _prefill(self) -> None:
         """Runs the context; keeps the state of its last position at every depth that is asked."""
-        columns = slice(0, self.width)
         hidden, calls = self.view.start(
-            self.ids[:, columns], self.mask[:, columns], self.positions[:, columns], self.kv
+            *(each[self.leaders, : self.width] for each in (self.ids, self.mask, self.positions)), self.kv
         )
-        self.embedded, self.first, self.read, self.lanes, depth = hidden[:, -1:], [], [], [], 0
+        self.embedded, self.first, self.read, self.lanes, depth = hidden[self.place, -1:], [], [], [], 0
         for index, exit_depth in enumerate(self.depths):
             if exit_depth > self.bottom:
                 break
             hidden, depth = self.view.run(hidden, calls, depth, exit_depth), exit_depth
-            self.first.append(hidden[:, -1:])
+            self.first.append(hidden[self.place, -1:])
             self.lanes.append(None)
             self.read.append(None)
             head = self.exits.heads[index]
             if head.kind == "block" and self.asked[index]:
                 shared = SharedKV(self.kv, self.view.num_layers - exit_depth)
-                own = KV(self.view.num_layers, self.kv.capacity, len(self.rows))
+                own = KV(self.view.num_layers, self.kv.capacity, len(self.leaders))
                 self.lanes[index] = own if self.owning[index] else shared
                 replaced = [replace_cache(call, self.kv, self.lanes[index]) for call in calls]
-                self.read[index] = head(hidden, replaced)[:, -1:]
+                self.read[index] = head(hidden, replaced)[self.place, -1:]
         if self.bottom == self.view.num_layers:
-            self.first.append(self.view.run(hidden, calls, depth, self.bottom)[:, -1:])
+            self.first.append(self.view.run(hidden, calls, depth, self.bottom)[self.place, -1:])
+        if self.length and len(self.leaders) < len(self.rows):
+            for cache in (self.kv, *(lane for lane in self.lanes if isinstance(lane, KV))):
+                _spread(cache, self.place)
 
     def _run(self, state: Tensor, first: int, last: int, gone: Tensor, index: int) -> Tensor:
         """Returns the state [rows, columns, hidden] at depth `last`, that of exit `index`; who has left keeps his."""
@@ -250,7 +237,7 @@ class _Pass:
             leaves[number] = here & (False if self.probe else self.policies[number].leaves(index, scores))
             out["headed"][..., index] |= here if early else leaves[number]
         if self.probe:
-            said = torch.cat([self._said(*self._logits(index, part)) for part in normed.split(CHUNK)])
+            said = torch.cat([best(*self._logits(index, part)) for part in normed.split(CHUNK)])
             self.told[index] = said.new_zeros(gone.shape).masked_scatter_(here, said)
             return leaves
         anybody = torch.stack(list(leaves.values())).any(0)
@@ -277,11 +264,7 @@ class _Pass:
         """Returns logits [N, entries] of an exit (or the full depth) and their vocabulary entries, None for all."""
         if index == len(self.depths):
             return self.view.logits(normed), None
-        return self.exits.logits(self.view, index, normed), self.exits.shortlist(index)
-
-    def _said(self, logits: Tensor, ids: Tensor | None) -> Tensor:
-        best = logits.argmax(-1)
-        return best if ids is None else ids[best]
+        return self.exits.logits(self.view, index, normed)
 
     def _read(self, index: int, normed: Tensor, where: Tensor, leaves: dict[int, Tensor]) -> None:
         """Writes down what exit `index` says at the positions `where`, for the policies that leave there.
@@ -294,14 +277,13 @@ class _Pass:
         wanted, found = self.wanted[where], []
         for part, target in zip(normed.split(CHUNK), wanted.split(CHUNK)):
             logits, ids = self._logits(index, part)
-            found.append((*log_probabilities(logits, ids, target, self.view.vocab_size), self._said(logits, ids)))
+            found.append((*log_probabilities(logits, ids, target, self.view.vocab_size), best(logits, ids)))
             if self.probe:
                 rows = slice((len(found) - 1) * CHUNK, (len(found) - 1) * CHUNK + len(part))
                 for exit, told in self.told.items():
                     column = self.regret[..., exit]
                     some = where.nonzero()[rows].unbind(-1)
-                    best = logits.float()
-                    column[some] = best.amax(-1) - best.gather(-1, told[some][:, None])[:, 0]
+                    column[some] = regret(logits, told[some])
         logprob, unlisted, said = (torch.cat(parts) for parts in zip(*found))
         for number, leave in leaves.items():
             out, mine = self.out[number], leave[where]
@@ -325,6 +307,13 @@ class _Pass:
         last = [logprob[i, n, : len(row.last)] for i, (n, row) in enumerate(zip(lengths, self.rows))]
         stem = np.array([logprob[i, :n, 0].sum() for i, n in enumerate(lengths)])
         return Scored(stem, last, got["said"], got["unlisted"], trace)
+
+
+def _spread(cache: KV, place: Tensor) -> None:
+    """Gives every row the K/V of its context; blocks that were not run have none."""
+    cache.batch = len(place)
+    cache.keys = [None if keys is None else keys[place] for keys in cache.keys]
+    cache.values = [None if values is None else values[place] for values in cache.values]
 
 
 def log_probabilities(logits: Tensor, ids: Tensor | None, wanted: Tensor, vocab: int) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,13 @@ All policies are scored in one pass, as far as they agree. Per policy, two files
     adaptive_TIME.json     trace statistics: mean depth, histogram, relative FLOPs and bytes, tokens/s, by task
 
 Tasks are names that lm-eval knows (these need a hub), or those of local YAML files (--include_path).
-eval/leaderboard.py draws the page. What a log-likelihood is under a policy: adaptive/scoring.py. Needs the extra [eval].
+eval/leaderboard.py draws the page. What a log-likelihood is under a policy: adaptive/scoring.py. Extra: [eval].
 """
 
 import sys
 from dataclasses import dataclass, field
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=HarnessConfig)
+    CONFIG = load_config(HarnessConfig)
 
 import time
 from dataclasses import asdict

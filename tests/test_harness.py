@@ -46,6 +46,8 @@ def place(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w0")
     tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} {% endfor %}w8"
     backbone = tiny("llama")
+    # Plain hf ends a row early at this token only: what it writes behind a stop word depends on its neighbours.
+    backbone.generation_config.eos_token_id = 2
     backbone.save_pretrained(place / "model")
     model = EarlyExitModel.from_backbone(str(place / "model"), ExitConfig(depths=[1, 2, 3], head="norm"))
     for gate in model.exits.gates:
@@ -54,6 +56,7 @@ def place(tmp_path_factory):
     sliced = tiny("llama")
     sliced.model.layers = sliced.model.layers[:2]
     sliced.config.num_hidden_layers = 2
+    sliced.generation_config.eos_token_id = 2
     sliced.save_pretrained(place / "sliced")
     for folder in ("model", "sliced"):
         tokenizer.save_pretrained(place / folder)
@@ -114,10 +117,11 @@ def test_full_is_plain_hf_and_scores_move_with_depth(place):
     lm = adaptive(place, "full;exit=1;exit=2;exit=3", batch_size=4)
     plain, expected = evaluated(HFLM(str(place / "model"), device="cpu", batch_size=4), place)
     found = {}
-    for lm.policy in lm.policies:
-        found[lm.policy], answers = evaluated(lm, place)
-        if lm.policy == "full":
-            assert_metrics(found["full"], plain)
+    for name in list(lm.policies):
+        lm.policy = name
+        found[name], answers = evaluated(lm, place)
+        if name == "full":
+            assert_metrics(found[name], plain)
             assert_same(list(answers.values()), list(expected.values()), 1e-4)
     accuracy = [found[name]["choices"]["acc,none"] for name in lm.policies]
     assert accuracy[0] > 0.8 and all(0.1 < value < 0.5 for value in accuracy[1:3]), "chance is a quarter"
@@ -153,7 +157,8 @@ def test_one_pass_serves_all_policies(place, monkeypatch):
     calls = []
     monkeypatch.setattr(harness, "score", lambda *args, inner=harness.score: calls.append(1) or inner(*args))
     lm = adaptive(place, "full;exit=2", batch_size=16)
-    for lm.policy in lm.policies:
+    for name in list(lm.policies):
+        lm.policy = name
         evaluated(lm, place, ["words"], limit=16)
     assert len(calls) == 1
 

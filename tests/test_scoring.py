@@ -10,7 +10,8 @@ from conftest import VOCAB, tiny
 from adaptive.config import ExitConfig
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy
-from adaptive.scoring import FLOOR, Row, log_probabilities, oracle, probe, score
+from adaptive.scoring import FLOOR, Row, log_probabilities, probe, score
+from adaptive.tally import oracle
 
 NEW = 10
 
@@ -94,6 +95,22 @@ def test_full_is_the_backbone_and_policies_do_not_disturb_each_other():
         assert together[0].is_said(index, row) == [greedy == [*row.stem, token] for token in row.last]
 
 
+@pytest.mark.parametrize("config", [{}, {"head": "block"}, {"head": "block", "head_kv": "shared"}])
+def test_choices_of_one_question_read_it_once(config, monkeypatch):
+    model, rows = with_exits(**config), texts(4)
+    rows = [row._replace(context=rows[index // 2].context) for index, row in enumerate(rows)]
+    policy = middle(model, rows)
+    apart = [score(model, [row], [policy])[0] for row in rows]
+    begun = []
+    start = model.view.start
+    monkeypatch.setattr(model.view, "start", lambda ids, *args: begun.append(tuple(ids.shape)) or start(ids, *args))
+    together = score(model, rows, [policy])[0]
+    assert begun[0] == (2, len(rows[3].context)) and begun[1][0] == 4
+    for index, one in enumerate(apart):
+        assert together.stem[index] == pytest.approx(one.stem[0], abs=1e-5)
+        assert (together.trace.taken[index][: len(rows[index].stem) + 1] == one.trace.taken[0]).all()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_batches_of_any_size_score_the_same(family):
     model, rows = with_exits(family), texts(16)
@@ -105,17 +122,21 @@ def test_batches_of_any_size_score_the_same(family):
             assert np.concatenate([part[number].stem for part in parts]) == pytest.approx(whole[number].stem, rel=1e-6)
 
 
-def test_a_shortlist_scores_a_distribution_over_the_whole_vocabulary():
-    model = with_exits(depths=(2, 4), shortlist=20)
+@pytest.mark.parametrize("screen", [None, 8])
+def test_a_shortlist_scores_a_distribution_over_the_whole_vocabulary(screen):
+    model = with_exits(depths=(2, 4), shortlist=20, screen=screen)
     model.exits.choose_shortlists(torch.zeros(VOCAB).index_fill(0, torch.arange(40, 60), 1.0))
-    rows = [Row([5, 9, 11], [45], list(range(VOCAB)))]
+    rows = [Row([5, 9, 11], [45], list(range(VOCAB))), Row([7], [], list(range(VOCAB)))]
     for policy in (ExitPolicy.always(0, 2), ExitPolicy.always(1, 2), ExitPolicy.full(2)):
         got = score(model, rows, [policy])[0]
-        assert np.exp(got.last[0]).sum() == pytest.approx(1, abs=1e-5)
-        listed = np.exp(got.last[0][40:60]).sum()
-        if policy != ExitPolicy.full(2):
-            assert listed == pytest.approx(1 - FLOOR, abs=1e-5) and got.unlisted[0, 1] == VOCAB - 20
-            assert 40 <= got.said[0, 1] < 60
+        for row, place in ((0, 1), (1, 0)):
+            shares = np.exp(got.last[row])
+            assert shares.sum() == pytest.approx(1, abs=1e-5)
+            if policy != ExitPolicy.full(2):
+                assert np.sort(shares)[-20:].sum() == pytest.approx(1 - FLOOR, abs=1e-5)
+                assert got.unlisted[row, place] == VOCAB - 20
+                assert shares[got.said[row, place]] == shares.max()
+                assert screen or 40 <= got.said[row, place] < 60
 
 
 def test_candidates_of_each_row_are_looked_up_in_that_row():
