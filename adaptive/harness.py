@@ -4,7 +4,7 @@
 several policies: whatever is asked of the first is worked out for all of them in one pass, and kept for the others.
 
     lm-eval run --model adaptive --model_args pretrained=runs/demo,policy=certified ...   # entry points: not in 0.4.13
-    python eval/harness.py --model runs/demo --policies full certified ...                # registers it by itself
+    python eval/harness.py --model runs/demo --policy full certified ...                # registers it by itself
 """
 
 from __future__ import annotations
@@ -35,7 +35,24 @@ from adaptive.storage import model_digest
 from adaptive.tally import Tally, oracle
 
 logger = logging.getLogger(__name__)
-ALLOWED = "full, exit=K, certified, risk=EPSILON, budget=SHARE, thresholds=A/B/... (inf: never leave)"
+ALLOWED = "full, exit=K, certified, risk=EPSILON, budget=SHARE, thresholds=A,B,... (inf: never leave)"
+
+
+def policy_names(words: Sequence[str]) -> list[str]:
+    """Returns the names of policies on a command line, where the commas of thresholds part words too.
+
+    Raises:
+        ValueError: a name that comes twice.
+    """
+    names: list[str] = []
+    for word in words:
+        if names and names[-1].startswith("thresholds") and re.fullmatch(r"[\d.e+-]+|inf", word):
+            names[-1] += f"/{word}"
+        else:
+            names.append(word)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"policies {twice} come twice; name each once")
+    return names
 
 
 def policy_named(name: str, model: EarlyExitModel, folder: str | Path) -> tuple[ExitPolicy, Certificate | None]:
@@ -66,7 +83,7 @@ def policy_named(name: str, model: EarlyExitModel, folder: str | Path) -> tuple[
         if kind in ("risk", "budget"):
             return _certified(kind, float(value), model, Path(folder))
         if kind == "thresholds":
-            policy = ExitPolicy(tuple(float(part) for part in re.split("[/;]", value)))
+            policy = ExitPolicy(tuple(float(part) for part in value.split("/")))
             if len(policy.thresholds) != count:
                 raise ValueError(f"it has {len(policy.thresholds)} thresholds for {count} exits {depths}")
             return policy, None

@@ -1,10 +1,10 @@
 """lm-evaluation-harness through the exits: scores and costs of one model under any number of policies.
 
-    python eval/harness.py --model runs/demo --policies full certified exit=22 thresholds=0.9/0.9/inf \\
+    python eval/harness.py --model runs/demo --policy full certified exit=22 thresholds=0.9,0.9,inf \\
         --tasks lambada_openai,piqa --limit 120 --oracle 64 --output runs/demo/scores
     accelerate launch --multi_gpu --num_processes 2 eval/harness.py ...         # data parallel
 
-Policies: full, exit=K, certified, risk=EPSILON and budget=SHARE (certificates of train/calibrate.py), thresholds=A/B/..
+Policies: full, exit=K, certified, risk=EPSILON and budget=SHARE (certificates of train/calibrate.py), thresholds=A,B,..
 All policies are scored in one pass, as far as they agree. Per policy, two files in OUTPUT/MODEL:
 
     results_TIME.json      as lm-eval writes it
@@ -28,7 +28,7 @@ class HarnessConfig(Checked):
         model: folder or repository of a model with exits
         tasks: names of tasks or groups
         output: folder for the results
-        policies: who leaves where; the top of this file lists the kinds
+        policy: who leaves where, one or several; the top of this file lists the kinds
         include_path: folder of further tasks, as YAML
         limit: documents per task, below 1 a share of them; none = all
         num_fewshot: examples before each question; none = as the task says
@@ -49,7 +49,7 @@ class HarnessConfig(Checked):
     model: str
     tasks: list[str]
     output: str
-    policies: list[str] = field(default_factory=lambda: ["full", "certified"])
+    policy: list[str] = field(default_factory=lambda: ["full", "certified"])
     include_path: str | None = None
     limit: float | None = None
     num_fewshot: int | None = None
@@ -69,9 +69,7 @@ class HarnessConfig(Checked):
     def problems(self) -> list[str]:
         """One line for each fault."""
         found = self._below(1, "batch_size", "max_length") + self._below(0, "oracle", "num_fewshot", "bootstrap_iters")
-        found += [f"`{name}` is empty; name at least one" for name in ("tasks", "policies") if not getattr(self, name)]
-        if len(set(self.policies)) < len(self.policies):
-            found.append(f"`policies` is {self.policies}; name each once")
+        found += [f"`{name}` is empty; name at least one" for name in ("tasks", "policy") if not getattr(self, name)]
         if self.limit is not None and self.limit <= 0:
             found.append(f"`limit` is {self.limit}; give a number of documents, or a share of them below 1")
         return found
@@ -95,16 +93,17 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from adaptive.harness import AdaptiveLM
+from adaptive.harness import AdaptiveLM, policy_names
 from adaptive.provenance import provenance
 from adaptive.runs import write_json
 
 
 def main(config: HarnessConfig) -> list[Path]:
     """Evaluates every policy; returns the side files written, none but in the first process."""
+    policies = policy_names(config.policy)
     lm = AdaptiveLM(
         config.model,
-        ";".join(config.policies),
+        ";".join(policies),
         oracle=config.oracle,
         device=config.device,
         dtype=config.dtype,
@@ -112,7 +111,7 @@ def main(config: HarnessConfig) -> list[Path]:
         max_length=config.max_length,
     )
     manager, written = task_manager(config), []
-    for name in config.policies:
+    for name in policies:
         lm.policy = name
         tracker = EvaluationTracker(output_path=config.output)
         begun = time.perf_counter()

@@ -1,7 +1,7 @@
 """What scoring through the exits takes beside lm-eval's plain `hf`: seconds per task, for one policy and for all.
 
     python eval/overhead.py --model runs/demo --include_path configs/tasks --tasks piqa_rows --limit 120 \\
-        --policies risk=0.05 full exit=22 exit=26 --output results/overhead.json
+        --policy risk=0.05 full exit=22 exit=26 --output results/overhead.json
 
 Timed are whole evaluations (tokenizing, scoring, metrics), one after the other in one process, the model loaded before;
 so are a few documents first, that warm everything up. Tasks are added to those that OUTPUT has already.
@@ -20,7 +20,7 @@ class OverheadConfig(Checked):
     Attributes:
         model: folder of a model with exits
         tasks: names of tasks
-        policies: the first is timed alone, then all together
+        policy: the first is timed alone, then all together
         output: file for the figures
         include_path: folder of further tasks, as YAML
         limit: documents per task
@@ -30,7 +30,7 @@ class OverheadConfig(Checked):
 
     model: str
     tasks: list[str]
-    policies: list[str]
+    policy: list[str]
     output: str
     include_path: str | None = None
     limit: int = 120
@@ -57,7 +57,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from adaptive.certify import load_tokenizer
-from adaptive.harness import AdaptiveLM
+from adaptive.harness import AdaptiveLM, policy_names
 from adaptive.model import EarlyExitModel
 from adaptive.provenance import provenance
 from adaptive.runs import write_json
@@ -69,7 +69,7 @@ def main(config: OverheadConfig) -> dict:
     settings = {"batch_size": config.batch_size, "max_length": config.max_length}
     plain = HFLM(model.view.inner, backend="causal", tokenizer=load_tokenizer(model), **settings)
     manager = TaskManager(include_path=config.include_path, include_defaults=config.include_path is None)
-    path = Path(config.output)
+    path, names = Path(config.output), policy_names(config.policy)
     document = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
 
     def seconds(lm, task: str, limit: int) -> float:
@@ -81,7 +81,7 @@ def main(config: OverheadConfig) -> dict:
 
     for task in config.tasks:
         taken = {}
-        for name, policies in (("hf", None), ("one", config.policies[:1]), ("all", config.policies)):
+        for name, policies in (("hf", None), ("one", names[:1]), ("all", names)):
             for limit in (2, config.limit):
                 lm = AdaptiveLM(model, ";".join(policies), folder=config.model, **settings) if policies else plain
                 taken[name] = seconds(lm, task, limit)
@@ -90,12 +90,12 @@ def main(config: OverheadConfig) -> dict:
             "seconds": taken,
             "over_hf": ratios,
             "documents": config.limit,
-            "policies": config.policies,
+            "policies": names,
             "batch_size": config.batch_size,
             "provenance": provenance("lm_eval"),
         }
         write_json(path, document)
-        print(f"{task}: hf {taken['hf']:.1f} s, one policy {ratios['one']:.2f} x, {len(config.policies)} policies "
+        print(f"{task}: hf {taken['hf']:.1f} s, one policy {ratios['one']:.2f} x, {len(names)} policies "
               f"{ratios['all']:.2f} x")  # fmt: skip
     return document
 

@@ -21,7 +21,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="comes with the extra `eval`")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from adaptive.harness import AdaptiveLM, policy_named  # noqa: E402
+from adaptive.harness import AdaptiveLM, policy_named, policy_names  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["choices", "words", "pages", "answers"]
@@ -167,6 +167,13 @@ def test_policies_are_named_and_the_unknown_refused(place):
     model = EarlyExitModel.from_pretrained(place / "run")
     assert policy_named("thresholds=0.5/inf/0", model, place)[0].thresholds == (0.5, math.inf, 0.0)
     assert policy_named("exit:4", model, place)[0] == policy_named("full", model, place)[0]
+    assert policy_names(["full", "thresholds=0.5", "inf", "1e-3", "exit=2"]) == [
+        "full",
+        "thresholds=0.5/inf/1e-3",
+        "exit=2",
+    ]
+    with pytest.raises(ValueError, match="come twice"):
+        policy_names(["full", "exit=2", "full"])
     for name, reason in {
         "exit=9": "no exit at depth 9",
         "certified": "no certificate",
@@ -186,7 +193,7 @@ def run(place, output, *flags, launcher=()):
 
 
 def test_the_command_writes_both_files_for_each_policy(place, tmp_path):
-    done = run(place, tmp_path, "--tasks", "choices,answers", "--policies", "full", "exit=2", "--limit", "9",
+    done = run(place, tmp_path, "--tasks", "choices,answers", "--policy", "full", "exit=2", "--limit", "9",
                "--oracle", "4", "--chat_template", "true", "--num_fewshot", "1", "--log_samples", "true")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     side = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("adaptive_*.json"))]
@@ -205,7 +212,7 @@ def test_the_command_writes_both_files_for_each_policy(place, tmp_path):
 
 
 def test_two_processes_score_as_one_does(place, tmp_path):
-    flags = ["--tasks", "choices,pages", "--policies", "full", "exit=2", "--limit", "10"]
+    flags = ["--tasks", "choices,pages", "--policy", "full", "exit=2", "--limit", "10"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -229,8 +236,8 @@ def test_help_is_fast_and_faults_are_listed_at_once(tmp_path):
     script = [sys.executable, str(ROOT / "eval" / "harness.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shown = subprocess.run([*script, "--help"], capture_output=True, text=True, env=environment)
-    assert shown.returncode == 0 and "--include_path" in shown.stdout and "thresholds=A/B" in shown.stdout
-    wrong = subprocess.run([*script, "--batch_size", "0", "--policy", "full"], capture_output=True, text=True,
+    assert shown.returncode == 0 and "--include_path" in shown.stdout and "thresholds=A,B" in shown.stdout
+    wrong = subprocess.run([*script, "--batch_size", "0", "--polcy", "full"], capture_output=True, text=True,
                            env=environment)  # fmt: skip
-    for fault in ("`--policy` is no flag", "`model` is missing", "`tasks` is missing"):
+    for fault in ("`--polcy` is no flag; did you mean `--policy`", "`model` is missing", "`tasks` is missing"):
         assert fault in wrong.stderr

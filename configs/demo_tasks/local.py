@@ -2,9 +2,9 @@
 
 import json
 import re
+from pydoc_data import topics
 
 import datasets
-from pydoc_data import topics
 
 PROMPTS = "runs/demo/text/prompts.json"
 
