@@ -27,10 +27,11 @@ from transformers import StoppingCriteriaList
 
 from adaptive.calibration import Certificate
 from adaptive.certify import load_tokenizer
+from adaptive.descent import Row
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import pieces
-from adaptive.scoring import Row, Scored, probe, score
+from adaptive.scoring import Scored, probe, score
 from adaptive.storage import model_digest
 from adaptive.tally import Tally, oracle
 

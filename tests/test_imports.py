@@ -19,7 +19,7 @@ ROWS = [
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective"],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "outcomes", "certify", "tally", "scoring", "provenance", "metrics", "probing"],
+    ["rows", "outcomes", "certify", "tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}

@@ -8,9 +8,10 @@ import torch
 from conftest import VOCAB, tiny
 
 from adaptive.config import ExitConfig
+from adaptive.descent import FLOOR, Row, log_probabilities
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy
-from adaptive.scoring import FLOOR, Row, log_probabilities, probe, score
+from adaptive.scoring import probe, score
 from adaptive.tally import oracle
 
 NEW = 10
