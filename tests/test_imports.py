@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 # A file imports from rows above its own, and from files that stand before it in its row.
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
-    ["config", "policy", "costs", "calibration", "ranking"],
-    ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "exits", "objective"],
+    ["config", "policy", "costs", "calibration", "ranking", "quantize", "sealed", "texts", "session", "runtime", "run"],
+    ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "exits", "objective", "recipes", "graphs"],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "outcomes", "certify"],
+    ["rows", "outcomes", "certify", "parts", "folder", "export"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 LIGHT = ROWS[1]  # these run where torch is not installed

@@ -1,0 +1,319 @@
+"""ONNX graphs of segments, heads and fills, built from recipes.
+
+Weights lie beside a graph in a file of the same name, so that the runtime can map them. Activations are float32. The
+operators are ONNX Runtime's own: GroupQueryAttention writes its keys and values into the buffers that it reads them
+from, and MatMulNBits multiplies 4 or 8 bit weights (accuracy level 4: activations are quantized to 8 bits as well).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from adaptive.quantize import BLOCK, quantize
+from adaptive.recipes import MLP, Block, Linear, Norm, Shape
+
+MS = "com.microsoft"
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+TYPES = {"float32": FLOAT, "uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "int64": INT64, "int32": INT32}
+PAGE = 4096
+
+
+class Graph:
+    """An ONNX graph in the making.
+
+    Args:
+        path: of the .onnx file; weights go to the same name with .bin.
+        bits: 4 or 8 for quantized weights, 32 for plain ones.
+        level: accuracy level of MatMulNBits: 4 quantizes activations, 1 leaves them alone.
+    """
+
+    def __init__(self, path: Path, bits: int, level: int = 4):
+        self.path, self.bits, self.level = path, bits, level
+        self.nodes, self.inputs, self.outputs, self.weights = [], [], [], []
+        self.data = open(path.with_suffix(".bin"), "wb")
+        self.count = 0
+
+    def input(self, name: str, kind: int, *dims: int | str) -> str:
+        """Declares an input; returns its name."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, dims))
+        return name
+
+    def output(self, value: str, name: str, kind: int, *dims: int | str) -> None:
+        """Declares `value` as an output called `name`."""
+        if value != name:
+            self.nodes.append(helper.make_node("Identity", [value], [name]))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, dims))
+
+    def node(self, op: str, *inputs: str, outs: int = 1, names: tuple = (), domain: str = "", **attributes):
+        """Adds a node; returns the name of its output, or a list of `outs` names."""
+        self.count += 1
+        names = list(names) or [f"{op}_{self.count}_{index}" for index in range(outs)]
+        self.nodes.append(
+            helper.make_node(op, list(inputs), names, name=f"{op}_{self.count}", domain=domain, **attributes)
+        )
+        return names if len(names) > 1 else names[0]
+
+    def weight(self, values: np.ndarray) -> str:
+        """Adds a constant; large ones go to the file of weights."""
+        values = np.ascontiguousarray(values)
+        self.count += 1
+        tensor = TensorProto(name=f"weight_{self.count}", data_type=TYPES[str(values.dtype)], dims=values.shape)
+        if values.nbytes < 1024:
+            tensor.raw_data = values.tobytes()
+        else:
+            self.data.write(b"\0" * (-self.data.tell() % PAGE))
+            self._outside(tensor, self.path.with_suffix(".bin").name, self.data.tell(), values.nbytes)
+            self.data.write(values.data)
+        self.weights.append(tensor)
+        return tensor.name
+
+    def mapped(self, file: str, offset: int, dtype: str, *dims: int) -> str:
+        """Adds a constant that lies in another file already."""
+        self.count += 1
+        tensor = TensorProto(name=f"weight_{self.count}", data_type=TYPES[dtype], dims=dims)
+        self._outside(tensor, file, offset, int(np.prod(dims)) * np.dtype(dtype).itemsize)
+        self.weights.append(tensor)
+        return tensor.name
+
+    @staticmethod
+    def _outside(tensor: TensorProto, file: str, offset: int, length: int) -> None:
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=value)
+
+    def save(self) -> None:
+        """Writes the graph."""
+        self.data.close()
+        graph = helper.make_graph(self.nodes, self.path.stem, self.inputs, self.outputs, self.weights)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)]
+        onnx.save_model(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(self.path))
+        if not self.path.with_suffix(".bin").stat().st_size:
+            self.path.with_suffix(".bin").unlink()
+
+    def linear(self, x: str, layer: Linear, exact: bool = False) -> str:
+        """Multiplies `x` [.., in] by a layer's weights; `exact` leaves them in float32."""
+        if self.bits == 32 or exact:
+            out = self.node("MatMul", x, self.weight(layer.weight.T))
+        else:
+            rows, inputs = layer.weight.shape
+            stored = [self.weight(part) for part in quantize(layer.weight, self.bits)]
+            settings = dict(K=inputs, N=rows, bits=self.bits, block_size=BLOCK, accuracy_level=self.level)
+            out = self.node("MatMulNBits", x, *stored, domain=MS, **settings)
+        return out if layer.bias is None else self.node("Add", out, self.weight(layer.bias))
+
+    def norm(self, x: str, norm: Norm) -> str:
+        """RMS norm over the last axis (Zhang & Sennrich 2019, eq. 4)."""
+        return self.node("SimplifiedLayerNormalization", x, self.weight(norm.weight), axis=-1, epsilon=norm.eps)
+
+    def add_norm(self, x: str, added: str, norm: Norm) -> tuple[str, str]:
+        """Returns (normed, sum) of two states."""
+        names = [f"normed_{self.count}", f"state_{self.count}"]
+        self.node("SkipSimplifiedLayerNormalization", x, added, self.weight(norm.weight), domain=MS,
+                  names=(names[0], "", "", names[1]), epsilon=norm.eps)  # fmt: skip
+        return names[0], names[1]
+
+    def reshape(self, x: str, *dims: int) -> str:
+        """Reshapes; 0 keeps a dimension."""
+        return self.node("Reshape", x, self.weight(np.array(dims, np.int64)))
+
+    def split(self, x: str, *sizes: int, axis: int = -1) -> list[str]:
+        """Cuts an axis into pieces."""
+        return self.node("Split", x, self.weight(np.array(sizes, np.int64)), outs=len(sizes), axis=axis)
+
+    def gated(self, normed: str, mlp: MLP) -> str:
+        """Returns down(act(gate) * up) of a normed state (Shazeer 2020, eq. 6)."""
+        half = len(mlp.gate_up.weight) // 2
+        gate, up = self.split(self.linear(normed, mlp.gate_up), half, half)
+        act = (
+            self.node("QuickGelu", gate, domain=MS, alpha=1.0)  # with alpha 1 this is SiLU
+            if mlp.act == "silu"
+            else self.node("Gelu", gate, approximate="tanh")
+        )
+        return self.linear(self.node("Mul", act, up), mlp.down)
+
+
+def cache_inputs(graph: Graph, shape: Shape, kinds: int) -> None:
+    """Declares what attention needs: how far the tokens reach, and the rotary tables."""
+    graph.input("last", INT32, 1)
+    graph.input("total", INT32, 1)
+    for kind in range(kinds):
+        graph.input(f"cos_{kind}", FLOAT, "positions", "turned")
+        graph.input(f"sin_{kind}", FLOAT, "positions", "turned")
+
+
+def attention(graph: Graph, normed: str, block: Block, shape: Shape, slot: int) -> str:
+    """Returns what attention adds to the state; keys and values number `slot` are read and written in place."""
+    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    query, key, value = graph.linear(normed, block.qkv), "", ""
+    if block.q_norm is not None:
+        query, key, value = graph.split(query, wide, narrow, narrow)
+        query = _per_head(graph, query, block.q_norm, shape.heads, shape.head_dim)
+        key = _per_head(graph, key, block.k_norm, shape.kv_heads, shape.head_dim)
+    context = _attend(graph, [query, key, value], block, shape, slot, turned=True)
+    return graph.linear(context, block.out)
+
+
+def _per_head(graph: Graph, x: str, norm: Norm, heads: int, width: int) -> str:
+    return graph.reshape(graph.norm(graph.reshape(x, 0, 0, heads, width), norm), 0, 0, heads * width)
+
+
+def _attend(graph: Graph, packed: list[str], block: Block, shape: Shape, slot: int, turned: bool) -> str:
+    past = [graph.input(f"past_{name}_{slot}", FLOAT, 1, shape.kv_heads, "room", shape.head_dim)
+            for name in ("key", "value")]  # fmt: skip
+    tables = [f"cos_{block.rope}", f"sin_{block.rope}"] if turned else []
+    present = (f"key_{slot}", f"value_{slot}")
+    settings = dict(num_heads=shape.heads, kv_num_heads=shape.kv_heads, scale=shape.scale, do_rotary=int(turned))
+    settings |= {"softcap": shape.softcap} if shape.softcap else {}
+    settings |= {"local_window_size": block.window} if block.window else {}
+    context = graph.node("GroupQueryAttention", *packed, *past, "last", "total", *tables, domain=MS,
+                         names=(f"context_{slot}", *present), **settings)[0]  # fmt: skip
+    for name in present:
+        graph.output(name, name, FLOAT, 1, shape.kv_heads, "room", shape.head_dim)
+    return context
+
+
+def run_block(graph: Graph, state: str, normed: str | None, block: Block, shape: Shape, slot: int) -> tuple[str, str]:
+    """Returns (state, added): the state before the MLP, and what the MLP adds to it.
+
+    They are left apart so that the next norm can add them in one pass.
+    """
+    added = attention(graph, normed or graph.norm(state, block.norm), block, shape, slot)
+    if block.after is not None:
+        added = graph.norm(added, block.after)
+    normed, state = graph.add_norm(state, added, block.mlp.norm)
+    added = graph.gated(normed, block.mlp)
+    return state, added if block.mlp.after is None else graph.norm(added, block.mlp.after)
+
+
+def run_blocks(graph: Graph, state: str, blocks, shape: Shape, first: int) -> tuple[str, str]:
+    """Returns (state, added) after blocks that keep their keys and values in slots from `first` on."""
+    added = None
+    for slot, block in enumerate(blocks, start=first):
+        normed = None
+        if added is not None:
+            normed, state = graph.add_norm(state, added, block.norm)
+        state, added = run_block(graph, state, normed, block, shape, slot)
+    return state, added
+
+
+def segment(path: Path, blocks, shape: Shape, first: int, kinds: int, bits: int, level: int = 4) -> None:
+    """Writes the graph of a segment: state [1, tokens, hidden] in, state out, K/V in place.
+
+    Args:
+        path: of the graph.
+        blocks: recipes of the blocks, shallowest first.
+        shape: of all blocks.
+        first: index of the first block.
+        kinds: number of rotary tables.
+        bits: of the weights.
+        level: accuracy level.
+    """
+    graph = Graph(path, bits, level)
+    graph.input("state", FLOAT, 1, "tokens", shape.hidden)
+    cache_inputs(graph, shape, kinds)
+    state, added = run_blocks(graph, "state", blocks, shape, first)
+    graph.output(graph.node("Add", state, added), "out", FLOAT, 1, "tokens", shape.hidden)
+    graph.save()
+
+
+def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | None = None, mlps=()) -> None:
+    """Writes the graph of a head without attention: state [1, tokens, hidden] -> normed state for the vocabulary.
+
+    Args:
+        path: of the graph.
+        norm: at its end.
+        shape: of the blocks.
+        bits: of the weights.
+        down_up: low-rank residual adapter, if it has one.
+        mlps: residual MLPs.
+    """
+    graph = Graph(path, bits)
+    state = graph.input("state", FLOAT, 1, "tokens", shape.hidden)
+    if down_up is not None:
+        state = graph.node("Add", state, graph.linear(graph.linear(state, down_up[0]), down_up[1]))
+    added = None
+    for mlp in mlps:
+        if added is None:
+            normed = graph.norm(state, mlp.norm)
+        else:
+            normed, state = graph.add_norm(state, added, mlp.norm)
+        added = graph.gated(normed, mlp)
+    normed = graph.norm(state, norm) if added is None else graph.add_norm(state, added, norm)[0]
+    graph.output(normed, "normed", FLOAT, 1, "tokens", shape.hidden)
+    graph.save()
+
+
+def block_features(path: Path, norm: Norm, blocks, shape: Shape, first: int, kinds: int, bits: int) -> None:
+    """Writes the graph of a block head with K/V of its own, in slots from `first` on."""
+    graph = Graph(path, bits)
+    graph.input("state", FLOAT, 1, "tokens", shape.hidden)
+    cache_inputs(graph, shape, kinds)
+    state, added = run_blocks(graph, "state", blocks, shape, first)
+    graph.output(graph.add_norm(state, added, norm)[0], "normed", FLOAT, 1, "tokens", shape.hidden)
+    graph.save()
+
+
+def vocabulary(path: Path, head: Linear, shape: Shape, bits: int, softcap: float | None) -> None:
+    """Writes the graph of vocabulary rows: normed state [1, tokens, hidden] -> logits [1, tokens, entries]."""
+    graph = Graph(path, bits)
+    graph.input("normed", FLOAT, 1, "tokens", shape.hidden)
+    logits = _cap(graph, graph.linear("normed", head), softcap)
+    graph.output(logits, "logits", FLOAT, 1, "tokens", len(head.weight))
+    graph.save()
+
+
+def _cap(graph: Graph, logits: str, softcap: float | None) -> str:
+    if softcap is None:
+        return logits
+    cap = graph.weight(np.array(softcap, np.float32))
+    return graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, cap)), cap)
+
+
+def fill(path: Path, blocks, shape: Shape, turned: int, bits: int) -> None:
+    """Writes the graph that projects one token's state to the K/V of skipped blocks (CALM, Schuster et al. 2022,
+    section 3.2), all in one product.
+
+    Every block's norm divides by the same rms; what it multiplies by goes into the weights. In: state [1, 1, hidden],
+    rotary cos and sin [blocks, 1, turned / 2]. Out: keys and values [blocks, kv heads, head dim].
+    """
+    graph = Graph(path, bits)
+    graph.input("state", FLOAT, 1, 1, shape.hidden)
+    graph.input("cos", FLOAT, "blocks", 1, turned // 2)
+    graph.input("sin", FLOAT, "blocks", 1, turned // 2)
+    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    pieces: list[list[np.ndarray]] = [[], []]
+    biases, norms, eps, count = [[], []], [], 0.0, 0
+    for block in blocks:
+        count, eps = count + 1, block.norm.eps
+        for part, (start, end) in enumerate(((wide, wide + narrow), (wide + narrow, wide + 2 * narrow))):
+            pieces[part].append(block.qkv.weight[start:end] * block.norm.weight)
+            if block.qkv.bias is not None:
+                biases[part].append(block.qkv.bias[start:end])
+        if block.k_norm is not None:
+            norms.append(block.k_norm)
+    bias = np.concatenate(biases[0] + biases[1]) if biases[0] else None
+    ones = Norm(np.ones(shape.hidden, np.float32), eps)
+    packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias))
+    keys, values = graph.split(packed, count * narrow, count * narrow)
+    dims = (count, shape.kv_heads, shape.head_dim)
+    keys, values = graph.reshape(keys, *dims), graph.reshape(values, *dims)
+    if norms:
+        keys = graph.norm(keys, Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
+        keys = graph.node("Mul", keys, graph.weight(np.stack([norm.weight for norm in norms])[:, None]))
+    graph.output(_turn(graph, keys, turned, shape.head_dim), "keys", FLOAT, *dims)
+    graph.output(values, "values", FLOAT, *dims)
+    graph.save()
+
+
+def _turn(graph: Graph, x: str, turned: int, width: int) -> str:
+    """Rotary step on [.., heads, width] (Su et al. 2021, section 3.4.2): the halves of the first `turned` entries are
+    the pairs, what lies beyond stays."""
+    half = turned // 2
+    first, second, *rest = graph.split(x, *[half, half] + [width - turned] * (turned < width))
+    turned_first = graph.node("Sub", graph.node("Mul", first, "cos"), graph.node("Mul", second, "sin"))
+    turned_second = graph.node("Add", graph.node("Mul", second, "cos"), graph.node("Mul", first, "sin"))
+    return graph.node("Concat", turned_first, turned_second, *rest, axis=-1)
