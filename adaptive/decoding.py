@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.backbone import Backbone, select_rows
-from adaptive.exits import Exits
+from adaptive.exits import Exits, best
 from adaptive.kv import KV
 from adaptive.lanes import GROWTH, BlockLane, Tokens
 from adaptive.losses import regret
@@ -176,24 +176,25 @@ class Walk:
     ) -> np.ndarray:
         """Asks one gate; writes the logits of the rows it lets out; returns which those are, [rows] bool."""
         gate, early = self.exits.gates[index], self.probe or self.exits.gates[index].reads_logits
-        logits = self._head(index, rows, state) if early else None
+        logits, ids = self._head(index, rows, state) if early else (None, None)
         scores = gate.score(state[:, 0], None if logits is None else logits, before[:, 0]).float().cpu().numpy()
         self.now["scores"][rows, index] = scores
         if self.probe:
-            best = logits.argmax(-1)
-            ids = self.exits.shortlist(index)
-            said[index] = best if ids is None else ids[best]
+            said[index] = best(logits, ids)
             return np.zeros(len(rows), bool)
         leave = self.policy.leaves(index, scores)
         if leave.any():
             gone = torch.as_tensor(leave, device=state.device)
-            logits = logits[gone] if early else self._head(index, rows[leave], state[gone])
-            out[torch.as_tensor(rows[leave], device=state.device)] = self._spread(index, logits.float())
+            if early:
+                logits, ids = logits[gone], ids if ids is None or ids.dim() == 1 else ids[gone]
+            else:
+                logits, ids = self._head(index, rows[leave], state[gone])
+            out[torch.as_tensor(rows[leave], device=state.device)] = self._spread(logits.float(), ids)
             self.now["taken"][rows[leave]] = index
         return leave
 
-    def _head(self, index: int, rows: np.ndarray, state: Tensor) -> Tensor:
-        """Returns an exit's logits [rows, entries] for the newest token of these rows."""
+    def _head(self, index: int, rows: np.ndarray, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns an exit's logits [rows, entries] for the newest token of these rows, and whose they are."""
         head, lane = self.exits.heads[index], self.lanes[index]
         self.now["headed"][rows, index] = True
         if lane is None:
@@ -205,13 +206,12 @@ class Walk:
             self.now["caught_up"][:, index] += caught_up
         return self.exits.logits(self.backbone, index, normed[:, 0])
 
-    def _spread(self, index: int, logits: Tensor) -> Tensor:
+    def _spread(self, logits: Tensor, ids: Tensor | None) -> Tensor:
         """Returns logits [rows, vocabulary] from those of a shortlist; what is not on it cannot be said."""
-        ids = self.exits.shortlist(index)
         if ids is None:
             return logits
         full = logits.new_full((len(logits), self.backbone.vocab_size), -torch.inf)
-        return full.index_copy_(1, ids, logits)
+        return full.scatter_(1, ids.expand_as(logits), logits)
 
     def _keep(self, index: int, rows: np.ndarray | None, states: Tensor) -> None:
         if self.lanes[index] is not None:

@@ -14,6 +14,7 @@ from adaptive.anatomy import linear_weights, plain_copy
 from adaptive.backbone import Backbone
 from adaptive.config import ExitConfig
 from adaptive.losses import prior_shift
+from adaptive.screen import Screen, exact_logits
 
 BASELINES = ("max_prob", "margin", "entropy", "similarity")
 
@@ -171,9 +172,11 @@ class Exits(nn.Module):
         dtype = backbone.norm_dtype
         self.heads.to(dtype)
         self.gates = nn.ModuleList(Gate(backbone, config.gate) for _ in kinds)
-        for index, size in enumerate(config.per_exit("shortlist")):
-            ids = None if size is None else torch.arange(size, device=backbone.device)
-            self.register_buffer(f"shortlist_{index}", ids)
+        self.sizes = config.per_exit("shortlist")
+        self.screen = Screen(backbone, config.screen) if config.screen is not None else None
+        for index, size in enumerate(self.sizes):
+            fixed = size is not None and self.screen is None
+            self.register_buffer(f"shortlist_{index}", torch.arange(size) if fixed else None)
         self.to(backbone.device)
         for head in self.heads:
             head.requires_grad_(True)
@@ -192,26 +195,32 @@ class Exits(nn.Module):
         return "block" in self.kinds and self.config.head_kv == "shared"
 
     def shortlist(self, exit: int) -> Tensor | None:
-        """Vocabulary ids [entries] that an exit can say, ascending; None for the whole vocabulary."""
+        """Vocabulary ids [entries] that an exit can say, ascending; None for all of them, or where a screen picks."""
         return getattr(self, f"shortlist_{exit}")
 
+    def screened(self, exit: int) -> bool:
+        """Whether the exit's shortlist is picked anew for every token."""
+        return self.screen is not None and self.sizes[exit] is not None
+
     def choose_shortlists(self, counts: Tensor) -> None:
-        """Sets every shortlist to the most frequent entries of `counts` [vocabulary]; ties go to the lower id."""
+        """Sets every fixed shortlist to the most frequent entries of `counts` [vocabulary]; ties go to the lower id."""
         order = torch.argsort(counts, descending=True, stable=True)
         for index in range(len(self)):
             ids = self.shortlist(index)
             if ids is not None:
                 setattr(self, f"shortlist_{index}", order[: len(ids)].sort().values.to(ids.device))
 
-    def logits(self, backbone: Backbone, exit: int, normed: Tensor) -> Tensor:
-        """Returns an exit's logits [..., entries] in the order of its shortlist, or of the vocabulary."""
+    def logits(self, backbone: Backbone, exit: int, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns an exit's logits [N, entries] for normed states [N, hidden] of its head, and the vocabulary ids that
+        they belong to: [entries], [N, entries] where a screen picks, or None for the whole vocabulary in order."""
+        if self.screened(exit):
+            ids = self.screen(normed, self.sizes[exit])
+            return exact_logits(backbone, normed, ids), ids
         ids = self.shortlist(exit)
         if ids is None:
-            return backbone.logits(normed)
-        if torch.is_grad_enabled():
-            return backbone.logits(normed, ids)
+            return backbone.logits(normed), None
         weight, bias = self._shortlist_rows(backbone, exit, ids)
-        return backbone.cap(nn.functional.linear(normed, weight, bias))
+        return backbone.cap(nn.functional.linear(normed, weight, bias)), ids
 
     def said(self, backbone: Backbone, exit: int, normed: Tensor, chunk: int, among: Tensor | None = None) -> Tensor:
         """Returns the vocabulary entry [N] that an exit would say.
@@ -223,11 +232,9 @@ class Exits(nn.Module):
             chunk: positions whose logits are held at once.
             among: entries that an exit without a shortlist chooses from; None for the whole vocabulary.
         """
-        ids = self.shortlist(exit)
-        if ids is None and among is not None:
+        if self.sizes[exit] is None and among is not None:
             return among[torch.cat([backbone.logits(piece, among).argmax(-1) for piece in normed.split(chunk)])]
-        best = torch.cat([self.logits(backbone, exit, piece).argmax(-1) for piece in normed.split(chunk)])
-        return best if ids is None else ids[best]
+        return torch.cat([best(*self.logits(backbone, exit, piece)) for piece in normed.split(chunk)])
 
     def _shortlist_rows(self, backbone: Backbone, exit: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         # Gathering thousands of rows per token would cost more than the shortlist saves.
@@ -240,18 +247,19 @@ class Exits(nn.Module):
 
     def shapes(self, backbone: Backbone, depths: Sequence[int]) -> list[dict]:
         """Returns what each exit costs, as plain numbers for `costs.py`: `depth`, `head` weights multiplied before the
-        vocabulary, `vocab` weights of its vocabulary rows, `gate` weights, `blocks` of a block head, `own_kv`,
-        `reads_logits`."""
+        vocabulary, `vocab` weights of its vocabulary rows (and of the screen that picks them), `gate` weights, `blocks`
+        of a block head, `own_kv`, `reads_logits`."""
         out = []
         for index, (head, gate) in enumerate(zip(self.heads, self.gates, strict=True)):
-            ids = self.shortlist(index)
-            entries = backbone.vocab_size if ids is None else len(ids)
+            size = self.sizes[index]
+            entries = backbone.vocab_size if size is None else size
+            preview = self.screen.weights if self.screened(index) else 0
             blocks = [backbone.block_shape(source) for source in head.sources] if head.kind == "block" else []
             out.append(
                 {
                     "depth": depths[index],
                     "head": 0 if blocks else linear_weights(head),
-                    "vocab": entries * backbone.hidden_size,
+                    "vocab": entries * backbone.hidden_size + preview,
                     "gate": linear_weights(gate),
                     "blocks": blocks,
                     "own_kv": bool(blocks) and self.config.head_kv == "own",
@@ -259,3 +267,12 @@ class Exits(nn.Module):
                 }
             )
         return out
+
+
+def best(logits: Tensor, ids: Tensor | None) -> Tensor:
+    """Returns the vocabulary entry [N] with the highest of the logits [N, entries] that `Exits.logits` gave."""
+    # The lowest id wins a tie, in whatever order a screen has picked.
+    top = logits.argmax(-1)
+    if ids is None or ids.dim() == 1:
+        return top if ids is None else ids[top]
+    return ids.masked_fill(logits < logits.amax(-1, keepdim=True), torch.iinfo(ids.dtype).max).amin(-1)

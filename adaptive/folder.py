@@ -22,7 +22,7 @@ from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import encode
 from adaptive.runtime import Runtime, Token
-from adaptive.session import Session
+from adaptive.session import Session, best
 
 
 class Folder:
@@ -111,8 +111,7 @@ class Folder:
 
 def _regret(full: np.ndarray, logits: np.ndarray, ids: np.ndarray | None) -> float:
     """Returns the nats that the full depth loses by an exit's token (see `losses.regret`)."""
-    best = int(logits.argmax())
-    return float(full.max() - full[best if ids is None else int(ids[best])])
+    return float(full.max() - full[best(logits, ids)])
 
 
 def hash_of(names: Sequence[str], files: dict) -> str:

@@ -266,6 +266,40 @@ def vocabulary(path: Path, head: Linear, shape: Shape, bits: int, softcap: float
     graph.save()
 
 
+def screen(path: Path, preview: tuple[Linear, Linear], entries: int, table: dict, shape: Shape, bits: int,
+           softcap: float | None) -> None:  # fmt: skip
+    """Writes the graph of a shortlist that a preview picks: normed state [1, 1, hidden] -> logits [entries], ids.
+
+    The survivors' rows are gathered from a table that lies in a file already, and multiplied as they are.
+
+    Args:
+        path: of the graph.
+        preview: down and up, with the bias.
+        entries: of the shortlist.
+        table: `file`, `offset`, `dtype` and `rows` of the LM head's rows; `scale` [rows] of rows stored as integers, and
+            `bias` [rows], or None.
+        shape: of the blocks.
+        bits: 32, or fewer: then the preview is stored in 8.
+        softcap: of the logits, or None.
+    """
+    graph = Graph(path, 32 if bits == 32 else 8)
+    graph.input("normed", FLOAT, 1, 1, shape.hidden)
+    scores = graph.linear(graph.linear("normed", preview[0], exact=True), preview[1])
+    ids = graph.node("TopK", scores, graph.weight(np.array([entries], np.int64)), outs=2, axis=-1, sorted=0)[1]
+    ids = graph.reshape(ids, entries)
+    rows = graph.mapped(table["file"], table["offset"], table["dtype"], table["rows"], shape.hidden)
+    rows = graph.node("Gather", rows, ids, axis=0)
+    if table["dtype"] != "float32":
+        rows = graph.node("Cast", rows, to=FLOAT)
+    logits = graph.reshape(graph.node("MatMul", rows, graph.reshape("normed", shape.hidden, 1)), entries)
+    for op, values in (("Mul", table["scale"]), ("Add", table["bias"])):
+        if values is not None:
+            logits = graph.node(op, logits, graph.node("Gather", graph.weight(values), ids, axis=0))
+    graph.output(_cap(graph, logits, softcap), "logits", FLOAT, entries)
+    graph.output(ids, "ids", INT64, entries)
+    graph.save()
+
+
 def _cap(graph: Graph, logits: str, softcap: float | None) -> str:
     if softcap is None:
         return logits

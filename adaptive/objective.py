@@ -2,8 +2,8 @@
 
 One pass over the backbone gives the states at all exits and at full depth. Exits never see the whole vocabulary at
 once: they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time.
-Gates read detached states, and their target follows the exit as it is now; while training, an exit without a shortlist
-is taken to say its best candidate.
+Gates read detached states, and their target follows the exit as it is now; while training, an exit that reads the whole
+vocabulary is taken to say its best candidate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from adaptive.kv import SharedKV, TrainingKV, replace_cache
 CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
 GATE_SHARE = 8  # while exits still move, gates learn from one column of tokens in this many
 PRIOR_PACE = 0.05  # of the running frequency of "no harm"
+SCREEN_STATES = 2048  # positions that a screen is fitted to; three times as many find it hardly better
 
 
 @dataclass
@@ -62,6 +63,30 @@ def full_states(
         hidden, depth = view.run(hidden, calls, depth, exit_depth, drop), exit_depth
         states.append(hidden)
     return states, view.norm(view.run(hidden, calls, depth, view.num_layers, drop)), calls
+
+
+@torch.no_grad()
+def fit_shortlists(model, rows: dict[str, Tensor]) -> None:
+    """Chooses what exits with a shortlist may say, from training rows: fixed lists by how often an entry is wanted,
+    a screen from the full model's states on the first rows.
+
+    Args:
+        model: the `EarlyExitModel`.
+        rows: `input_ids`, `attention_mask`, `labels` [rows, tokens].
+    """
+    view, exits, labels = model.view, model.exits, rows["labels"]
+    exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
+    if exits.screen is None:
+        return
+    states, found = [], 0
+    for row in range(len(labels)):
+        mask = rows["attention_mask"][row : row + 1].to(view.device)
+        final = full_states(view, rows["input_ids"][row : row + 1].to(view.device), mask, ())[1]
+        states.append(final[0, :-1][(labels[row, 1:] != -100).to(view.device)])
+        found += len(states[-1])
+        if found >= SCREEN_STATES:
+            break
+    exits.screen.fit(view, torch.cat(states))
 
 
 def exit_features(

@@ -76,12 +76,30 @@ class Writer:
         }
 
     def _table(self, name: str, values: np.ndarray) -> None:
+        """Writes rows [rows, hidden] that are read one by one: in 8 bits unless weights are not quantized."""
         if self.bits == 32:
             self.array(name, values)
         else:
             rows, scales = quantize_rows(values)
             self.array(name, rows)
             self.array(f"{name}_scale", scales)
+
+    def _head_table(self) -> dict:
+        """Returns where the LM head's rows lie, for `graphs.screen`; the embedding's where the two are tied."""
+        embedding, head = self.view.inner.get_input_embeddings(), self.view.head
+        name = "embedding" if embedding.weight.data_ptr() == head.weight.data_ptr() else "head"
+        if not (self.folder / f"{name}.npy").exists():
+            self._table(name, recipes.array(head.weight))
+        rows = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        scale = self.folder / f"{name}_scale.npy"
+        return {
+            "file": f"{name}.npy",
+            "offset": rows.offset,
+            "dtype": str(rows.dtype),
+            "rows": len(rows),
+            "scale": np.load(scale, allow_pickle=False) if scale.exists() else None,
+            "bias": recipes.array(head.bias),
+        }
 
     def _vocabulary(self, name: str, head: recipes.Linear) -> None:
         graphs.vocabulary(self.path(name), head, self.shape, self.bits, self.view.softcap)
@@ -117,8 +135,17 @@ class Writer:
         return slot
 
     def _entries(self, index: int) -> dict:
-        """Writes the vocabulary rows of a shortlist, once for all exits that share it."""
-        ids = self.model.exits.shortlist(index)
+        """Writes the vocabulary rows of a shortlist, or the screen that picks them, once for all exits that share it."""
+        exits = self.model.exits
+        if exits.screened(index):
+            name = f"screen_{exits.sizes[index]}"
+            if not self.path(name).exists():
+                down = recipes.Linear(recipes.array(exits.screen.down))
+                up = recipes.Linear(recipes.array(exits.screen.up), recipes.array(exits.screen.bias))
+                graphs.screen(self.path(name), (down, up), exits.sizes[index], self._head_table(), self.shape, self.bits,
+                              self.view.softcap)  # fmt: skip
+            return {"vocabulary": name, "entries": "picked"}
+        ids = exits.shortlist(index)
         if ids is None:
             return {"vocabulary": "vocabulary", "entries": "all"}
         ids = ids.cpu().numpy()

@@ -42,15 +42,19 @@ class Step:
     def pick(self, temperature: float = 0.0, top_p: float = 1.0, generator: np.random.Generator | None = None) -> int:
         """Returns the likeliest token, or a sampled one (nucleus sampling: Holtzman et al. 2020, section 3.1)."""
         if temperature == 0:
-            best = int(self.logits.argmax())
-        else:
-            order = np.argsort(-self.logits, kind="stable") if top_p < 1 else np.arange(len(self.logits))
-            scaled = self.logits[order].astype(np.float64) / temperature
-            mass = np.exp(scaled - scaled.max()).cumsum()
-            if top_p < 1:
-                mass = mass[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
-            best = int(order[np.searchsorted(mass, generator.random() * mass[-1], side="right")])
-        return best if self.ids is None else int(self.ids[best])
+            return best(self.logits, self.ids)
+        order = np.argsort(-self.logits, kind="stable") if top_p < 1 else np.arange(len(self.logits))
+        scaled = self.logits[order].astype(np.float64) / temperature
+        mass = np.exp(scaled - scaled.max()).cumsum()
+        if top_p < 1:
+            mass = mass[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
+        drawn = int(order[np.searchsorted(mass, generator.random() * mass[-1], side="right")])
+        return drawn if self.ids is None else int(self.ids[drawn])
+
+
+def best(logits: np.ndarray, ids: np.ndarray | None) -> int:
+    """Returns the vocabulary entry of the highest of the logits [entries]; the lowest id wins a tie."""
+    return int(logits.argmax()) if ids is None else int(ids[logits == logits.max()].min())
 
 
 class Session:

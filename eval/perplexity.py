@@ -9,7 +9,7 @@ with. The last line is one JSON document.
 import sys
 from dataclasses import dataclass
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=PerplexityConfig)
+    CONFIG = load_config(PerplexityConfig)
 
 import json
 import math

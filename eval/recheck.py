@@ -9,7 +9,7 @@ Prompts that chose or certified (`seen`) are left out. The last line is one JSON
 import sys
 from dataclasses import dataclass
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=RecheckConfig)
+    CONFIG = load_config(RecheckConfig)
 
 import json
 from pathlib import Path

@@ -15,7 +15,7 @@ and every certificate of train/calibrate.py answer the `report` part; the full m
 import sys
 from dataclasses import dataclass
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=ReportConfig)
+    CONFIG = load_config(ReportConfig)
 
 import html
 import json
@@ -199,12 +199,9 @@ def timed(job: Job, prompts: list[list[int]], tokens: int) -> dict:
 
 def raw_line(job: Job, prompts: list[list[int]]) -> dict:
     """Returns the frontier of untrained exits at the same depths: final norm, LM head, its largest probability."""
-    depths, exits, last = list(job.model.depths), job.model.exits, job.model.view.num_layers
-    sizes = [len(exits.shortlist(index)) if depth == last else None for index, depth in enumerate(depths)]
-    settings = {"head": "norm", "gate": "max_prob", "shortlist": sizes, "blocks": job.model.exit_config.blocks}
-    raw = EarlyExitModel.from_backbone(job.model.backbone, ExitConfig(depths, **settings))
-    if sizes[-1]:
-        setattr(raw.exits, f"shortlist_{len(sizes) - 1}", exits.shortlist(len(sizes) - 1))
+    depths = [depth for depth in job.model.depths if depth < job.model.view.num_layers]
+    config = ExitConfig(depths, head="norm", gate="max_prob", blocks=job.model.exit_config.blocks)
+    raw = EarlyExitModel.from_backbone(job.model.backbone, config)
     survey = certify.survey(raw, prompts, job.settings["max_new_tokens"], job.settings["batch_size"])
     return {"line": frontier_line(survey, raw, job.settings)}
 

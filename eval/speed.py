@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=SpeedConfig)
+    CONFIG = load_config(SpeedConfig)
 
 import itertools
 import json

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adaptive.config import ExitConfig, LossConfig, TrainConfig, load_config
+from adaptive.checked import load_config
+from adaptive.config import ExitConfig, LossConfig, TrainConfig
 
 NEEDED = ["--data", "a.txt", "--output", "run", "--steps", "10", "--exits.depths", "12,18,24"]
 
@@ -33,7 +34,7 @@ def yaml_file(tmp_path):
 
 def test_flags_alone_fill_a_config():
     config = load_config(
-        [*NEEDED, "--loss.divergence", "js", "--learning_rate=1e-4", "--gradient_checkpointing", "true"]
+        TrainConfig, [*NEEDED, "--loss.divergence", "js", "--learning_rate=1e-4", "--gradient_checkpointing", "true"]
     )
     assert config.exits == ExitConfig(depths=[12, 18, 24])
     assert config.loss == LossConfig(divergence="js")
@@ -50,7 +51,9 @@ def test_flags_override_yaml(yaml_file):
         loss:
           tolerance: 1
         """)
-    config = load_config(["--config", path, "--steps", "20", "--exits.rank", "8", "--loss.tolerance", "0.5"])
+    config = load_config(
+        TrainConfig, ["--config", path, "--steps", "20", "--exits.rank", "8", "--loss.tolerance", "0.5"]
+    )
     assert (config.steps, config.learning_rate, config.data) == (20, 1e-4, ["a.txt", "b.txt"])
     assert config.exits == ExitConfig(depths=[2, 4], head=["linear", "block"], shortlist=64, rank=8)
     assert config.loss.tolerance == 0.5
@@ -58,7 +61,7 @@ def test_flags_override_yaml(yaml_file):
 
 def test_flags_fill_a_nested_mapping_that_yaml_leaves_empty(yaml_file):
     path = yaml_file("exits:\nloss:\n")
-    assert load_config(["--config", path, *NEEDED, "--loss.top_k", "4"]).loss.top_k == 4
+    assert load_config(TrainConfig, ["--config", path, *NEEDED, "--loss.top_k", "4"]).loss.top_k == 4
 
 
 @pytest.mark.parametrize(
@@ -75,14 +78,14 @@ def test_flags_fill_a_nested_mapping_that_yaml_leaves_empty(yaml_file):
     ],
 )
 def test_flag_words_are_read_as_the_field_asks(words, name, value):
-    config = load_config([*NEEDED, f"--exits.{name}", *words]).exits
+    config = load_config(TrainConfig, [*NEEDED, f"--exits.{name}", *words]).exits
     assert getattr(config, name) == value
 
 
 def test_everything_wrong_is_named_at_once(yaml_file):
     path = yaml_file("stepps: 3\nseed: yes\nexits: {depths: [3, x], heads: mlp}\nloss: {top_k: 0, layer_dropout: 2}\n")
     message = refused(
-        load_config, ["--config", path, "--learning-rate", "1", "--gate_share", "much", "--output", "run"]
+        load_config, TrainConfig, ["--config", path, "--learning-rate", "1", "--gate_share", "much", "--output", "run"]
     )
     for part in [
         "`--learning-rate` is no flag; did you mean `--learning_rate`?",
@@ -106,16 +109,16 @@ def test_faulty_values_are_named_beside_unknown_keys():
 
 
 def test_a_word_without_a_flag_is_refused():
-    assert "`stray` is no flag" in refused(load_config, ["stray"])
+    assert "`stray` is no flag" in refused(load_config, TrainConfig, ["stray"])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
 def test_a_file_without_a_mapping_is_refused(yaml_file, text):
-    assert "no readable YAML file" in refused(load_config, ["--config", yaml_file(text)])
+    assert "no readable YAML file" in refused(load_config, TrainConfig, ["--config", yaml_file(text)])
 
 
 def test_a_missing_file_is_refused():
-    assert "nowhere.yaml" in refused(load_config, ["--config", "nowhere.yaml"])
+    assert "nowhere.yaml" in refused(load_config, TrainConfig, ["--config", "nowhere.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,8 @@ def test_a_missing_file_is_refused():
         ({"depths": [2, 4], "head": ["norm"]}, "`head` has 1 entries for 2 exits"),
         ({"depths": [2], "head": "linera"}, "'linear'"),
         ({"depths": [2], "shortlist": 0}, "`shortlist` is 0"),
+        ({"depths": [2], "shortlist": 8, "screen": 0}, "`screen` is 0"),
+        ({"depths": [2], "screen": 4}, "no exit has a `shortlist`"),
         ({"depths": [2], "gate": "softmax"}, "'max_prob'"),
         ({"depths": [2], "head_kv": "shared"}, "only a 'block' head"),
         ({"depths": [2], "layers": 0}, "`layers` is 0"),
@@ -172,8 +177,10 @@ def test_exits_survive_json():
 
 
 def test_loss_weights_are_counted_against_the_exits():
-    assert "`loss.weights` has 2 entries for 3 exits" in refused(load_config, [*NEEDED, "--loss.weights", "1,2"])
-    assert load_config([*NEEDED, "--loss.weights", "1,2,0"]).loss.weights == [1.0, 2.0, 0.0]
+    assert "`loss.weights` has 2 entries for 3 exits" in refused(
+        load_config, TrainConfig, [*NEEDED, "--loss.weights", "1,2"]
+    )
+    assert load_config(TrainConfig, [*NEEDED, "--loss.weights", "1,2,0"]).loss.weights == [1.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +188,7 @@ def test_loss_weights_are_counted_against_the_exits():
     [("steps", "0"), ("learning_rate", "0"), ("learning_rate", "nan"), ("gate_share", "1"), ("seed", "-1")],
 )
 def test_numbers_out_of_range_are_refused(flag, value):
-    assert f"`{flag}` is" in refused(load_config, [*NEEDED, f"--{flag}", value])
+    assert f"`{flag}` is" in refused(load_config, TrainConfig, [*NEEDED, f"--{flag}", value])
 
 
 def test_another_dataclass_is_filled_the_same_way():
@@ -195,13 +202,14 @@ def test_another_dataclass_is_filled_the_same_way():
 
         risk: float = 0.02
 
-    assert load_config(["--risk", "1"], Small) == Small(risk=1.0)
-    assert "`risk` is 'high'" in refused(load_config, ["--risk", "high"], Small)
+    assert load_config(Small, ["--risk", "1"]) == Small(risk=1.0)
+    assert "`risk` is 'high'" in refused(load_config, Small, ["--risk", "high"])
 
 
 def test_help_names_every_field_and_loads_no_torch():
     code = (
-        "import sys\nfrom adaptive.config import load_config\ntry: load_config(['--help'])\n"
+        "import sys\nfrom adaptive.checked import load_config\nfrom adaptive.config import TrainConfig\n"
+        "try: load_config(TrainConfig, ['--help'])\n"
         "finally: print('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -216,7 +216,7 @@ def test_one_step_that_leaves(family):
             state = view.run(hidden, calls, 0, depth)
             view.fill(state, calls, depth, view.num_layers, cache)
             exits.gates[index].score(state)
-            exits.logits(view, index, exits.heads[index](state))
+            exits.logits(view, index, exits.heads[index](state)[:, 0])
 
         assert model.costs.by_exit(6, [other == index for other in range(3)])[index] == count(step)
 
@@ -232,6 +232,7 @@ def test_a_prompt(family):
 HEADS = {
     "norm": {"head": "norm"},
     "linear": {"head": "linear", "shortlist": [10, None, 30]},
+    "screen": {"head": "linear", "shortlist": [10, None, 30], "screen": 6},
     "mlp": {"head": "mlp", "layers": 2, "gate": "mlp"},
     "own": {"head": "block", "layers": 2, "depths": (2, 3, 4), "shortlist": [None, None, 30]},
     "shared": {"head": "block", "head_kv": "shared"},
@@ -241,6 +242,7 @@ HEADS = {
 }
 CASES = [("llama", heads) for heads in HEADS] + [
     ("gpt2", "linear"),
+    ("gpt2", "screen"),
     ("gpt2", "own"),
     ("gemma3", "own"),
     ("gemma3", "shared"),

@@ -12,11 +12,13 @@ import pytest
 import adaptive
 
 ROOT = Path(__file__).parents[1]
+RUNTIME = ["quantize", "sealed", "texts", "session", "runtime", "run"]
+GRAPHS = ["recipes", "graphs"]
 # A file imports from rows above its own, and from files that stand before it in its row.
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
-    ["config", "policy", "costs", "calibration", "ranking", "quantize", "sealed", "texts", "session", "runtime", "run"],
-    ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "exits", "objective", "recipes", "graphs"],
+    ["checked", "config", "policy", "costs", "calibration", "ranking", *RUNTIME],
+    ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective", *GRAPHS],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "outcomes", "certify", "parts", "folder", "export"],

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, prompts, tiny
+from torch import Tensor
 
 from adaptive.config import ExitConfig
 from adaptive.model import EarlyExitModel
+from adaptive.objective import fit_shortlists, full_states
 from adaptive.policy import ExitPolicy
 
 NEW = 12
@@ -113,6 +115,55 @@ def test_shortlist_says_only_what_is_on_it_and_can_sit_at_full_depth():
     deep = generate(model, prompts(3), policy=[math.inf, 0.0])
     assert (deep.trace.taken == 1).all() and (deep.trace.depth == 4).all()
     assert set(deep.sequences[:, -NEW:].flatten().tolist()) <= set(ids.tolist())
+
+
+def fitted(model: EarlyExitModel) -> Tensor:
+    """Fits the model's screen to states of random rows; returns other such states [N, hidden]."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (24, 16), generator=generator)
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    fit_shortlists(model, {name: values[:20] for name, values in rows.items()})
+    return full_states(model.view, ids[20:], None, ())[1].flatten(0, 1).detach()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_screen_that_picks_everything_is_the_full_head(family):
+    model = with_exits(family, depths=(2, 4), head="norm", shortlist=VOCAB, screen=3)
+    states = fitted(model)
+    logits, ids = model.exits.logits(model.view, 1, states)
+    expected = model.view.logits(states)
+    assert torch.allclose(torch.zeros_like(expected).scatter(1, ids, logits), expected, atol=1e-4)
+    inputs = prompts(3)
+    out = generate(model, inputs, policy=[math.inf, 0.0])
+    expected = model.backbone.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(out.sequences, expected) and (out.trace.taken == 1).all()
+
+
+def test_a_fitted_screen_finds_the_best_entry_more_often_the_higher_its_rank():
+    hits = {}
+    for rank in (2, 12, 32):
+        model = with_exits("llama", depths=(2, 4), shortlist=8, screen=rank)
+        states = fitted(model)
+        unfitted = with_exits("llama", depths=(2, 4), shortlist=8, screen=rank).exits.screen
+        best = model.view.logits(states).argmax(-1)[:, None]
+        hits[rank] = [
+            float((screen(states, 8) == best).any(1).float().mean()) for screen in (unfitted, model.exits.screen)
+        ]
+    assert hits[2][1] < hits[12][1] < hits[32][1] == 1 and hits[12][0] < hits[12][1]
+    with pytest.raises(ValueError, match="33"):
+        with_exits("llama", depths=(2,), shortlist=8, screen=33)
+
+
+def test_screened_rows_are_what_they_are_alone():
+    model = with_exits("llama", depths=(2, 4), shortlist=10, screen=8)
+    fitted(model)
+    inputs = prompts(3)
+    out = generate(model, inputs, policy=[0.5, 0.5])
+    assert len(set(out.trace.taken.flatten().tolist())) > 1
+    for row in range(3):
+        keep = inputs["attention_mask"][row].bool()
+        alone = generate(model, {"input_ids": inputs["input_ids"][row : row + 1, keep]}, policy=[0.5, 0.5])
+        assert torch.equal(alone.sequences[0, -NEW:], out.sequences[row, -NEW:])
 
 
 def test_sampling_of_a_row_depends_on_its_seed_alone():

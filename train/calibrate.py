@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=CalibrationConfig)
+    CONFIG = load_config(CalibrationConfig)
 
 import dataclasses
 import json

@@ -13,13 +13,14 @@ Not covered: `--resume` under FSDP or DeepSpeed, where the optimizer state is in
 
 import sys
 
-from adaptive.config import TrainConfig, load_config
+from adaptive.checked import load_config
+from adaptive.config import TrainConfig
 
 if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config([word for word in sys.argv[1:] if word != "--resume"])
+    CONFIG = load_config(TrainConfig, [word for word in sys.argv[1:] if word != "--resume"])
 
 import dataclasses
 import json
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from adaptive.data import digest
 from adaptive.model import EarlyExitModel
+from adaptive.objective import fit_shortlists
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
 from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_json
 
@@ -139,9 +141,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
             f"`data` has token {largest}; `model` {config.model} knows 0 to {model.view.vocab_size - 1}. The rows were "
             "made with another tokenizer: make them again with this model's"
         )
-    if any(size is not None for size in config.exits.per_exit("shortlist")):
-        wanted = rows["labels"][rows["labels"] >= 0]
-        model.exits.choose_shortlists(torch.bincount(wanted, minlength=model.view.vocab_size))
+    fit_shortlists(model, rows)
     rate, gates = config.learning_rate, model.gate_parameters()
     groups = [
         {"role": "exits", "peak": rate, "params": model.exit_parameters()},

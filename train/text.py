@@ -15,7 +15,7 @@ distribution that the exits will meet. A model without a template goes on from i
 import sys
 from dataclasses import dataclass, field
 
-from adaptive.config import Checked, load_config
+from adaptive.checked import Checked, load_config
 
 
 @dataclass
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    CONFIG = load_config(cls=TextConfig)
+    CONFIG = load_config(TextConfig)
 
 import json
 from dataclasses import asdict

@@ -1,0 +1,94 @@
+"""A low-rank preview of the LM head that picks, per token, the few vocabulary entries worth an exact logit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.backbone import Backbone
+
+SHRINKAGE = 0.05  # of the states' covariance towards a multiple of the identity: a few thousand states decide it
+
+
+class Screen(nn.Module):
+    """Normed state -> the `entries` vocabulary entries whose previewed logits are highest.
+
+    The preview is `up(down(state)) + bias`, the best rank-r approximation of the LM head on states like those that it
+    was fitted to. Only the entries picked get exact logits, so that what is said differs from the full head's word only
+    where that is not among them. Preview and full logits on the survivors: Shim et al. 2017, "SVD-Softmax", section 3;
+    here the decomposition is weighted by the states' covariance.
+
+    Args:
+        backbone: has the LM head.
+        rank: of the preview.
+
+    Raises:
+        ValueError: a rank above the backbone's hidden size, or an LM head that is not a plain linear layer.
+
+    Attributes:
+        down: [rank, hidden].
+        up: [vocabulary, rank].
+        bias: [vocabulary].
+    """
+
+    def __init__(self, backbone: Backbone, rank: int):
+        super().__init__()
+        hidden, vocab = backbone.hidden_size, backbone.vocab_size
+        if rank > hidden:
+            raise ValueError(f"`screen` is {rank}; this backbone's states have {hidden} numbers: choose a lower rank")
+        # Until it is fitted, the preview knows the first `rank` of the state's numbers: cheap, valid and poor.
+        self.register_buffer("down", torch.eye(rank, hidden))
+        self.register_buffer("up", backbone.vocabulary(torch.arange(vocab))[0].detach()[:, :rank].float().clone())
+        self.register_buffer("bias", torch.zeros(vocab))
+
+    @torch.no_grad()
+    def fit(self, backbone: Backbone, states: Tensor) -> None:
+        """Sets the preview to the rank-r matrix M that minimises the mean of |W x - M x - c|^2 over the states.
+
+        With covariance C of the states, M = W C^1/2 V V' C^-1/2, V the leading eigenvectors of C^1/2 W'W C^1/2
+        (Eckart and Young 1936, in the metric of C); c moves the states' mean to where W has it.
+
+        Args:
+            backbone: has the LM head W.
+            states: [N, hidden] that the LM head reads: after the final norm.
+        """
+        states = states.double()
+        weight, bias = backbone.vocabulary(torch.arange(backbone.vocab_size, device=self.up.device))
+        mean = states.mean(0)
+        centered = states - mean
+        cov = centered.T @ centered / len(states)
+        cov = (1 - SHRINKAGE) * cov + SHRINKAGE * cov.diagonal().mean().clamp_min(1e-12) * torch.eye(
+            len(cov), device=cov.device, dtype=cov.dtype
+        )
+        values, vectors = torch.linalg.eigh(cov)
+        root = vectors * values.sqrt() @ vectors.T
+        gram = (weight.float().T @ weight.float()).double()
+        leading = torch.linalg.eigh(root @ gram @ root).eigenvectors[:, -len(self.down) :]
+        down = leading.T @ (vectors * values.rsqrt() @ vectors.T)
+        self.up.copy_(weight.float() @ (root @ leading).float())
+        self.down.copy_(down.float())
+        self.bias.copy_(weight.float() @ mean.float() - self.up @ (down @ mean).float())
+        if bias is not None:
+            self.bias.add_(bias.float())
+
+    def forward(self, normed: Tensor, entries: int) -> Tensor:
+        """Returns vocabulary ids [N, entries], unordered, for normed states [N, hidden]."""
+        preview = torch.addmm(self.bias, normed.float() @ self.down.T, self.up.T)
+        return preview.topk(entries, sorted=False).indices
+
+    @property
+    def weights(self) -> int:
+        """Weights multiplied per token."""
+        return self.down.numel() + self.up.numel()
+
+
+def exact_logits(backbone: Backbone, normed: Tensor, ids: Tensor) -> Tensor:
+    """Returns the LM head's logits [N, entries] of entries `ids` [N, entries] for normed states [N, hidden]."""
+    # Row by row on a CPU: a row's entries fit its cache, a batch of them does not.
+    rows = 1 if normed.device.type == "cpu" else len(normed)
+    out = []
+    for state, chosen in zip(normed.split(rows), ids.split(rows), strict=True):
+        weight, bias = backbone.vocabulary(chosen)
+        logits = torch.bmm(weight.to(state.dtype), state[:, :, None])[:, :, 0]
+        out.append(logits if bias is None else logits + bias.to(logits.dtype))
+    return backbone.cap(torch.cat(out))
