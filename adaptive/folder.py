@@ -22,7 +22,7 @@ from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import encode
 from adaptive.runtime import Runtime, Token
-from adaptive.session import Session, best
+from adaptive.session import Session
 
 
 class Folder:
@@ -79,8 +79,8 @@ class Folder:
         ids, tokens, regrets = [], [], []
         while len(ids) < max_new_tokens and not (ids and ids[-1] in eos):
             step = session.step(policy, ids[-1] if ids else None, probe)
-            regrets.append([_regret(step.logits, *session.head(index, step)) for index in range(self.num_exits)]
-                           if probe else [math.nan] * self.num_exits)  # fmt: skip
+            # See `losses.regret`.
+            regrets.append([step.logits.max() - step.logits[said] for said in step.said])
             ids.append(step.pick())
             tokens.append(Token(ids[-1], "", 0, 0.0, step))
         trace = self.runtime.trace(tokens, len(prompt))
@@ -107,11 +107,6 @@ class Folder:
     def logits(self, states: Tensor) -> Tensor:
         """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden]."""
         return torch.from_numpy(Session(self.runtime, 0).vocabulary(states.numpy()))
-
-
-def _regret(full: np.ndarray, logits: np.ndarray, ids: np.ndarray | None) -> float:
-    """Returns the nats that the full depth loses by an exit's token (see `losses.regret`)."""
-    return float(full.max() - full[best(logits, ids)])
 
 
 def hash_of(names: Sequence[str], files: dict) -> str:

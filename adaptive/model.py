@@ -293,6 +293,14 @@ class EarlyExitModel(nn.Module):
         # Looked up when asked for: exporting stands above the model, and needs packages that a model does not.
         return import_module("adaptive.export").export(self, folder, precision, **kwargs)
 
+    def to_draft(self, depth: int, folder: str | Path) -> Path:
+        """Writes the blocks up to an exit as a plain checkpoint that drafts for the model; see `plain.to_draft`."""
+        return import_module("adaptive.plain").to_draft(self, depth, folder)
+
+    def merge(self, folder: str | Path) -> Path:
+        """Writes the backbone, adapters merged, as a plain checkpoint; see `plain.merge`."""
+        return import_module("adaptive.plain").merge(self, folder)
+
     def push_to_hub(
         self,
         repo_id: str,

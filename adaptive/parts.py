@@ -135,15 +135,15 @@ class Writer:
         return slot
 
     def _entries(self, index: int) -> dict:
-        """Writes the vocabulary rows of a shortlist, or the screen that picks them, once for all exits that share it."""
+        """Writes the vocabulary rows of a shortlist, or the screen that picks them, once if exits share them."""
         exits = self.model.exits
         if exits.screened(index):
             name = f"screen_{exits.sizes[index]}"
             if not self.path(name).exists():
                 down = recipes.Linear(recipes.array(exits.screen.down))
                 up = recipes.Linear(recipes.array(exits.screen.up), recipes.array(exits.screen.bias))
-                graphs.screen(self.path(name), (down, up), exits.sizes[index], self._head_table(), self.shape, self.bits,
-                              self.view.softcap)  # fmt: skip
+                table, size = self._head_table(), exits.sizes[index]
+                graphs.screen(self.path(name), (down, up), size, table, self.shape, self.bits, self.view.softcap)
             return {"vocabulary": name, "entries": "picked"}
         ids = exits.shortlist(index)
         if ids is None:

@@ -16,13 +16,14 @@ class Step:
     """What happened to one token.
 
     Attributes:
-        logits: [entries], of the head that it left by.
+        logits: [entries], of the head that it left by; the next step overwrites them.
         ids: vocabulary entries of these, or None for the whole vocabulary.
         taken: index of the exit; the number of exits for full depth.
         scores: what each gate said, NaN where it was not asked.
         headed: whether each exit's head was evaluated.
         caught_up: states that each block head ran to fill its own K/V.
         context: tokens attended to, its own included.
+        said: what each exit would have said, when probing.
     """
 
     logits: np.ndarray | None
@@ -32,6 +33,7 @@ class Step:
     headed: list[bool]
     caught_up: list[int]
     context: int
+    said: list[int]
 
     @property
     def score(self) -> float:
@@ -115,7 +117,7 @@ class Session:
         Args:
             policy: who leaves where.
             token: to run; None for the prompt's last one, which `prefill` has run already.
-            probe: ask every gate, and let nobody leave; read the heads with `head`.
+            probe: ask every gate and head, and let nobody leave.
         """
         ran = token is None
         if not ran:
@@ -125,7 +127,7 @@ class Session:
             self.states[0][:] = self._embed([token])
             self.length += 1
         count = len(self.exits)
-        step = Step(None, None, count, [math.nan] * count, [False] * count, [0] * count, self.length)
+        step = Step(None, None, count, [math.nan] * count, [False] * count, [0] * count, self.length, [])
         done, before = 0, self.states[0]
         for index, exit in enumerate(self.exits):
             if not (probe or policy.asks(index)):
@@ -136,11 +138,13 @@ class Session:
             if not ran and index in self.kept:
                 self.kept[index][self.length - 1] = state[0, 0]
             early = probe or exit["gate"] in ("max_prob", "margin", "entropy")
-            found = self.head(index, step) if early else None
+            found = self._head(index, step) if early else None
             step.scores[index] = self._score(index, state[0, 0], before[0, 0], found)
             before = state
-            if not probe and policy.leaves(index, step.scores[index]):
-                step.logits, step.ids = found or self.head(index, step)
+            if probe:
+                step.said.append(best(*found))
+            elif policy.leaves(index, step.scores[index]):
+                step.logits, step.ids = found or self._head(index, step)
                 step.taken = index
                 if not ran:
                     self._skip(index, state)
@@ -150,7 +154,7 @@ class Session:
         step.logits = self.vocabulary(self.states[-1])
         return step
 
-    def head(self, index: int, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
+    def _head(self, index: int, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns (logits [entries], their ids or None) of one exit's head for the newest token; noted in `step`."""
         exit, step.headed[index] = self.exits[index], True
         state = self.states[exit["segment"] + 1]
