@@ -106,7 +106,7 @@ class Folder:
 
     def logits(self, states: Tensor) -> Tensor:
         """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden]."""
-        return torch.from_numpy(Session(self.runtime, 0).vocabulary(states.numpy()))
+        return torch.from_numpy(self.runtime.logits(states.numpy()))
 
 
 def hash_of(names: Sequence[str], files: dict) -> str:

@@ -34,6 +34,22 @@ def attention(graph: Graph, normed: str, block: Block, shape: Shape, slot: int) 
     return graph.linear(context, block.out)
 
 
+def borrowed_attention(graph: Graph, normed: str, block: Block, shape: Shape, slot: int) -> str:
+    """Returns what attention adds to the newest token's state, over keys and values that are there already.
+
+    The operator insists on writing the token's own: it gets those that lie in the buffers, turned already.
+    """
+    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    bias = None if block.qkv.bias is None else block.qkv.bias[:wide]
+    query = graph.linear(normed, Linear(block.qkv.weight[:wide], bias))
+    if block.q_norm is not None:
+        query = _per_head(graph, query, block.q_norm, shape.heads, shape.head_dim)
+    tables = (f"cos_{block.rope}", f"sin_{block.rope}")
+    query = graph.node("RotaryEmbedding", query, "position", *tables, domain=MS, num_heads=shape.heads)
+    own = [graph.input(f"{name}_now_{slot}", FLOAT, 1, 1, narrow) for name in ("key", "value")]
+    return graph.linear(_attend(graph, [query, *own], block, shape, slot, turned=False), block.out)
+
+
 def _per_head(graph: Graph, x: str, norm: Norm, heads: int, width: int) -> str:
     return graph.reshape(graph.norm(graph.reshape(x, 0, 0, heads, width), norm), 0, 0, heads * width)
 
@@ -53,12 +69,14 @@ def _attend(graph: Graph, packed: list[str], block: Block, shape: Shape, slot: i
     return context
 
 
-def run_block(graph: Graph, state: str, normed: str | None, block: Block, shape: Shape, slot: int) -> tuple[str, str]:
+def run_block(
+    graph: Graph, state: str, normed: str | None, block: Block, shape: Shape, slot: int, attend=attention
+) -> tuple[str, str]:
     """Returns (state, added): the state before the MLP, and what the MLP adds to it.
 
     They are left apart so that the next norm can add them in one pass.
     """
-    added = attention(graph, normed or graph.norm(state, block.norm), block, shape, slot)
+    added = attend(graph, normed or graph.norm(state, block.norm), block, shape, slot)
     if block.after is not None:
         added = graph.norm(added, block.after)
     normed, state = graph.add_norm(state, added, block.mlp.norm)
@@ -66,14 +84,14 @@ def run_block(graph: Graph, state: str, normed: str | None, block: Block, shape:
     return state, added if block.mlp.after is None else graph.norm(added, block.mlp.after)
 
 
-def run_blocks(graph: Graph, state: str, blocks, shape: Shape, first: int) -> tuple[str, str]:
+def run_blocks(graph: Graph, state: str, blocks, shape: Shape, first: int, attend=attention) -> tuple[str, str]:
     """Returns (state, added) after blocks that keep their keys and values in slots from `first` on."""
     added = None
     for slot, block in enumerate(blocks, start=first):
         normed = None
         if added is not None:
             normed, state = graph.add_norm(state, added, block.norm)
-        state, added = run_block(graph, state, normed, block, shape, slot)
+        state, added = run_block(graph, state, normed, block, shape, slot, attend)
     return state, added
 
 
@@ -124,12 +142,14 @@ def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | N
     graph.save()
 
 
-def block_features(path: Path, norm: Norm, blocks, shape: Shape, first: int, kinds: int, bits: int) -> None:
-    """Writes the graph of a block head with K/V of its own, in slots from `first` on."""
+def block_features(path: Path, norm: Norm, blocks, shape: Shape, first: int, kinds: int, bits: int, own: bool) -> None:
+    """Writes the graph of a block head, with K/V of its own in slots from `first` on, or on the backbone's there."""
     graph = Graph(path, bits)
-    graph.input("state", FLOAT, 1, "tokens", shape.hidden)
+    graph.input("state", FLOAT, 1, "tokens" if own else 1, shape.hidden)
     cache_inputs(graph, shape, kinds)
-    state, added = run_blocks(graph, "state", blocks, shape, first)
+    if not own:
+        graph.input("position", INT64, 1, 1)
+    state, added = run_blocks(graph, "state", blocks, shape, first, attention if own else borrowed_attention)
     graph.output(graph.add_norm(state, added, norm)[0], "normed", FLOAT, 1, "tokens", shape.hidden)
     graph.save()
 

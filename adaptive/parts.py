@@ -109,7 +109,7 @@ class Writer:
         """Writes what one exit needs; returns its entry in the manifest."""
         depth = self.model.depths[index]
         record = {"depth": depth, "segment": self.bounds.index(depth), "features": f"exit_{index}"}
-        record["slot"] = self._features(index)
+        record["slot"], record["borrowed"] = self._features(index)
         self.bar.update()
         record |= self._entries(index)
         self.bar.update()
@@ -120,19 +120,24 @@ class Writer:
         self.bar.update()
         return record | self._gate(index)
 
-    def _features(self, index: int) -> int | None:
-        """Writes a head's graph up to the vocabulary; returns the first slot of its own K/V, if it has any."""
+    def _features(self, index: int) -> tuple[int | None, list[int]]:
+        """Writes a head's graph up to the vocabulary; returns the first slot of its own K/V, if it has any, and the
+        slots of the backbone's K/V that it reads."""
         head, path = self.model.exits.heads[index], self.path(f"exit_{index}")
         norm = recipes.norm(head.norm)
         if head.kind != "block":
             pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind == "linear" else None
             mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in head.mlps] if head.kind == "mlp" else []
             graphs.features(path, norm, self.shape, self.bits, pair, mlps)
-            return None
+            return None, []
         blocks = [self.block(block, source) for block, source in zip(head.blocks, head.sources, strict=True)]
-        slot, self.slots = self.slots, self.slots + len(blocks)
-        graphs.block_features(path, norm, blocks, self.shape, slot, len(self.ropes), self.bits)
-        return slot
+        own, count = self.model.exit_config.head_kv == "own", len(blocks)
+        slot = self.slots if own else self.model.depths[index] - count
+        graphs.block_features(path, norm, blocks, self.shape, slot, len(self.ropes), self.bits, own)
+        if not own:
+            return None, list(range(slot, slot + count))
+        self.slots += count
+        return slot, []
 
     def _entries(self, index: int) -> dict:
         """Writes the vocabulary rows of a shortlist, or the screen that picks them, once if exits share them."""

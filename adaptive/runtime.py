@@ -204,6 +204,11 @@ class Runtime:
             prompt=np.array([prompt_tokens]),
         )
 
+    def logits(self, states: np.ndarray) -> np.ndarray:
+        """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden] that `Session.prefill` gave."""
+        normed = self.graphs["final"].run(["normed"], {"state": states[None]})[0]
+        return self.graphs["vocabulary"].run(["logits"], {"normed": normed})[0][0]
+
     def tables(self, room: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns rotary cos and sin [kinds, positions, turned / 2] for at least `room` positions."""
         with self._growing:

@@ -151,7 +151,8 @@ class Session:
                 return step
         if not ran:
             self._advance(done, len(self.manifest["segments"]))
-        step.logits = self.vocabulary(self.states[-1])
+        normed = self._run("final", state=self.states[-1])["normed"]
+        step.logits = self._run("vocabulary", normed=normed)["logits"].reshape(-1)
         return step
 
     def _head(self, index: int, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
@@ -161,17 +162,17 @@ class Session:
         if exit["slot"] is not None:
             normed, step.caught_up[index] = self._catch_up(index)
         else:
-            normed = self._run(exit["features"], state=state)["normed"]
+            normed = self._run(exit["features"], state=state, **self._borrowed(exit["borrowed"]))["normed"]
         out = self._run(exit["vocabulary"], normed=normed)
         ids = self.runtime.arrays[f"{exit['vocabulary']}_ids"] if exit["entries"] == "fixed" else out.get("ids")
         return out["logits"].reshape(-1), ids
 
-    def vocabulary(self, states: np.ndarray) -> np.ndarray:
-        """Returns full-depth logits [vocabulary], or [tokens, vocabulary] of several states [tokens, hidden]."""
-        if states is self.states[-1]:
-            return self._run("vocabulary", normed=self._run("final", state=states)["normed"])["logits"].reshape(-1)
-        normed = self.runtime.graphs["final"].run(["normed"], {"state": states[None]})[0]
-        return self.runtime.graphs["vocabulary"].run(["logits"], {"normed": normed})[0][0]
+    def _borrowed(self, slots: list[int]) -> dict[str, np.ndarray]:
+        """Returns what a block head on the backbone's K/V needs: the newest token's own, and its position."""
+        now = self.length - 1
+        out = {f"key_now_{slot}": self.keys[slot, :, now].reshape(1, 1, -1) for slot in slots}
+        out |= {f"value_now_{slot}": self.values[slot, :, now].reshape(1, 1, -1) for slot in slots}
+        return out | {"position": np.array([[now]])} if slots else {}
 
     def _advance(self, done: int, until: int) -> int:
         """Runs segments done..until-1 for the newest token."""
@@ -263,7 +264,7 @@ class Session:
     def _run(self, name: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Runs a graph for one token; the arrays are bound the first time, and copied to those later."""
         if name not in self.bound:
-            self._bind(name, **{key: np.array(value, np.float32) for key, value in arrays.items()})
+            self._bind(name, **{key: np.array(value) for key, value in arrays.items()})
         for key, value in arrays.items():
             self.bound[name][2][key][:] = value
         return self._go(name)

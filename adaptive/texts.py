@@ -52,9 +52,15 @@ class Chat:
         except ImportError:
             raise ValueError("this model's chat template needs jinja2: pip install jinja2, or use generate") from None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
         values = {name: self.template.get(name, "") for name in ("bos_token", "eos_token")}
         template = environment.from_string(self.template["jinja"])
         return template.render(messages=list(messages), add_generation_prompt=True, **values)
+
+
+def _refuse(message: str):
+    """What templates call where a conversation does not suit them."""
+    raise ValueError(f"the chat template refuses this conversation: {message}")
 
 
 class Texts:

