@@ -34,6 +34,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,10 @@ import torch
 
 from adaptive import __version__, recipes
 from adaptive.card import folder_card
-from adaptive.sealed import MANIFEST, seal, unseal
+from adaptive.certify import load_tokenizer
+from adaptive.policy import ExitPolicy
+from adaptive.prompts import encode
+from adaptive.sealed import MANIFEST, seal
 from adaptive.storage import model_digest
 
 logger = logging.getLogger(__name__)
@@ -66,8 +70,6 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
         ValueError: an unknown precision, a family or head without an exported form, a folder that holds something
             else, a risk that no policy met.
     """
-    from adaptive.certify import load_tokenizer
-
     out = Path(out)
     _check(model, out, precision)
     tokenizer = tokenizer or load_tokenizer(model)
@@ -243,8 +245,55 @@ def main(args: argparse.Namespace) -> None:
     elif args.risk is not None or args.budget is not None or args.max_new_tokens is not None:
         raise ValueError("--risk, --budget and --max-new-tokens are for calibrating: give --prompts, too")
     out = export(model, args.out, args.precision, calibrate=calibrate)
-    record = unseal(out)
-    print((out / "README.md").read_text() if record["certificate"] else f"wrote {out}, not certified: no --prompts")
+    print(f"wrote {out}" + ("" if calibrate else ", not certified: no --prompts"))
+    if calibrate is not None:
+        encoded = encode((parts.get("report") or parts["certify"])[:8], load_tokenizer(model))
+        print(beside(model, out, encoded, args.max_new_tokens or calibrate.get("max_new_tokens", 64)))
+
+
+def beside(model, out: Path, prompts: list[list[int]], new: int) -> str:
+    """Returns a Markdown table of the model and its folder: size, speed at batch 1 (prompts included), certificate.
+
+    Args:
+        model: the `EarlyExitModel`, as torch runs it.
+        out: the folder.
+        prompts: token ids; every way to generate answers each in turn, one after the other.
+        new: most tokens of an answer.
+    """
+    from adaptive.runtime import Runtime
+
+    threads = torch.get_num_threads()
+    runtime, torchs = Runtime.load(out, threads), sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    certified, full = runtime.policy("certified"), ExitPolicy.full(model.num_exits)
+
+    def in_torch(ids: list[int], policy) -> int:
+        made = model.generate(input_ids=torch.tensor([ids], device=model.device), max_new_tokens=new, do_sample=False,
+                              policy=policy)  # fmt: skip
+        return made.shape[1] - len(ids)
+
+    ways = {
+        "torch, full depth": (torchs, lambda ids: in_torch(ids, full)),
+        "torch, its policy": (torchs, lambda ids: in_torch(ids, model.policy)),
+        "folder, full depth": (size, lambda ids: len(list(runtime.generate(ids, new, full)))),
+        "folder, certified": (size, lambda ids: len(list(runtime.generate(ids, new, certified)))),
+    }
+    taken = {name: [0, 0.0] for name in ways}
+    for _, answer in ways.values():
+        answer(prompts[0])  # what is slow only once
+    for ids in prompts:
+        for name, (_, answer) in ways.items():
+            began = time.perf_counter()
+            count = answer(ids)
+            taken[name][0] += count
+            taken[name][1] += time.perf_counter() - began
+    ours, theirs = runtime.manifest["certificate"], model.certificate
+    harms = {"torch, its policy": theirs and theirs.certified, "folder, certified": ours and ours["certified"]}
+    lines = ["| | MB | tokens/s | certified harm |", "| --- | --- | --- | --- |"]
+    for name, (count, seconds) in taken.items():
+        harm = "-" if harms.get(name) is None else f"{harms[name]:.4f}"
+        lines.append(f"| {name} | {ways[name][0] / 1e6:.0f} | {count / seconds:.1f} | {harm} |")
+    return "\n".join([*lines, "", f"{threads} threads, batch 1, {len(prompts)} prompts, up to {new} tokens each"])
 
 
 def _asked(certificate, args) -> dict:

@@ -72,7 +72,7 @@ class Runtime:
             threads: that multiply matrices, shared by all sessions; the cores this process may use if None.
 
         Raises:
-            ValueError: a file that is missing or was changed, a newer format, another thread pool in this process.
+            ValueError: a file that is missing or was changed, a newer format.
         """
         folder, threads = Path(folder), threads or _cores()
         manifest = unseal(folder)
@@ -228,20 +228,21 @@ def _cores() -> int:
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
-    """Returns session options; all sessions of a process share one pool, as each of its own would fight the others."""
+    """Returns session options. All graphs share one pool of threads, as pools of their own would fight each other; a
+    process has one, so that a second number of threads gets pools that wait without spinning."""
     global _pool_threads
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads == 1:
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        return options
     with _POOL:
         if _pool_threads is None:
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
-            _pool_threads = threads
-        if _pool_threads != threads:
-            raise ValueError(
-                f"`threads`={threads}: this process has a pool of {_pool_threads} threads already; use that or 1"
-            )
-    options.use_per_session_threads = False
+            _pool_threads = threads if threads > 1 else _cores()
+            try:
+                onnxruntime.set_global_thread_pool_sizes(_pool_threads, 1)
+            except RuntimeError:  # somebody else's sessions came first
+                _pool_threads = 0
+    if threads == _pool_threads > 1:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

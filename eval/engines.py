@@ -28,7 +28,7 @@ class EnginesConfig(Checked):
         prompt: tokens of the prompt before decoding
         new: tokens decoded
         long: tokens of the prompt that prefill is timed with
-        rounds: interleaved ones
+        rounds: interleaved ones; 0 makes environments and models ready, and ends
         work: folder for environments and converted models
         output: JSON file of results; a plot goes beside it
     """
@@ -49,7 +49,7 @@ class EnginesConfig(Checked):
         """One line for each fault."""
         unknown = sorted(set(self.engines) - set(PACKAGES))
         found = [f"`engines` has {unknown}; there are {sorted(PACKAGES)}"] if unknown else []
-        return found + self._below(2, "prompt", "new", "long") + self._below(1, "rounds")
+        return found + self._below(2, "prompt", "new", "long") + self._below(0, "rounds")
 
 
 # What each engine's environment gets, and what converting the model for it needs.
@@ -264,6 +264,8 @@ def main(config: EnginesConfig) -> dict:
         except (subprocess.CalledProcessError, OSError, ValueError) as error:
             missing[engine] = str(error)[:300]
             print(f"{engine} is left out: {missing[engine]}", flush=True)
+    if not config.rounds:
+        return {"missing": missing}
     generator, vocab = np.random.default_rng(0), 40000
     short, long = (generator.integers(100, vocab, size).tolist() for size in (config.prompt, config.long))
     results = []
