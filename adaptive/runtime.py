@@ -24,9 +24,6 @@ from adaptive.sealed import unseal
 from adaptive.session import Session, Step
 from adaptive.texts import Chat, Texts
 
-_POOL = threading.Lock()
-_pool_threads: int | None = None
-
 
 @dataclass(frozen=True)
 class Token:
@@ -69,7 +66,7 @@ class Runtime:
 
         Args:
             folder: written by `python -m adaptive.export`.
-            threads: that multiply matrices, shared by all sessions; the cores this process may use if None.
+            threads: that multiply matrices; the cores this process may use if None.
 
         Raises:
             ValueError: a file that is missing or was changed, a newer format.
@@ -228,21 +225,10 @@ def _cores() -> int:
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
-    """Returns session options. All graphs share one pool of threads, as pools of their own would fight each other; a
-    process has one, so that a second number of threads gets pools that wait without spinning."""
-    global _pool_threads
+    """Returns session options: every graph has a pool of threads, which stops spinning when the graph has run."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    with _POOL:
-        if _pool_threads is None:
-            _pool_threads = threads if threads > 1 else _cores()
-            try:
-                onnxruntime.set_global_thread_pool_sizes(_pool_threads, 1)
-            except RuntimeError:  # somebody else's sessions came first
-                _pool_threads = 0
-    if threads == _pool_threads > 1:
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # One pool for all would have to be the whole process's, and refuse everybody else's sessions.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
