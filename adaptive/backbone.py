@@ -197,7 +197,7 @@ class Backbone:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def vocabulary(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the LM head's rows [entries, hidden] and biases [entries] (or None) for vocabulary `ids`.
+        """Returns the LM head's rows [..., hidden] and biases [...] (or None) for vocabulary `ids` [...].
 
         Raises:
             ValueError: the head is not a plain linear layer (quantized, say).
@@ -208,7 +208,9 @@ class Backbone:
                 f"the LM head is a {type(head).__name__}; sampled negatives and shortlists need a plain "
                 "linear head: leave it out of quantization, or set loss.negatives and shortlist to null"
             )
-        return head.weight[ids], None if head.bias is None else head.bias[ids]
+        bias = None if head.bias is None else head.bias[ids]
+        # On a CPU, twice as fast as indexing.
+        return (head.weight.index_select(0, ids) if ids.dim() == 1 else head.weight[ids]), bias
 
     @property
     def max_context(self) -> int | None:

@@ -84,11 +84,13 @@ class Screen(nn.Module):
 
 def exact_logits(backbone: Backbone, normed: Tensor, ids: Tensor) -> Tensor:
     """Returns the LM head's logits [N, entries] of entries `ids` [N, entries] for normed states [N, hidden]."""
-    # Row by row on a CPU: a row's entries fit its cache, a batch of them does not.
-    rows = 1 if normed.device.type == "cpu" else len(normed)
-    out = []
-    for state, chosen in zip(normed.split(rows), ids.split(rows), strict=True):
-        weight, bias = backbone.vocabulary(chosen)
-        logits = torch.bmm(weight.to(state.dtype), state[:, :, None])[:, :, 0]
-        out.append(logits if bias is None else logits + bias.to(logits.dtype))
-    return backbone.cap(torch.cat(out))
+    if normed.device.type == "cpu":
+        # Row by row: a row's entries fit a CPU's cache, those of a batch do not.
+        return torch.stack([_exact(backbone, state, chosen) for state, chosen in zip(normed, ids, strict=True)])
+    return _exact(backbone, normed, ids)
+
+
+def _exact(backbone: Backbone, normed: Tensor, ids: Tensor) -> Tensor:
+    weight, bias = backbone.vocabulary(ids)
+    logits = (weight.to(normed.dtype) @ normed[..., None])[..., 0]
+    return backbone.cap(logits if bias is None else logits + bias.to(logits.dtype))

@@ -25,20 +25,18 @@ class ReportConfig(Checked):
     Attributes:
         run: folder of the trained and calibrated model
         prompts: .json file with the parts select, certify and report
-        raw_prompts: number of selection prompts on which raw exits are surveyed
         speed_prompts: number of report prompts that are timed, those with the longest answers
         speed_tokens: tokens generated for each of them
     """
 
     run: str
     prompts: str
-    raw_prompts: int = 24
     speed_prompts: int = 4
     speed_tokens: int = 48
 
     def problems(self) -> list[str]:
         """One line for each fault."""
-        found = self._below(1, "raw_prompts", "speed_prompts") + self._below(2, "speed_tokens")
+        found = self._below(1, "speed_prompts") + self._below(2, "speed_tokens")
         return found if self.prompts.endswith(".json") else [*found, f"`prompts` is {self.prompts}; give a .json file"]
 
 
@@ -107,11 +105,10 @@ def main(config: ReportConfig) -> dict:
     longest = sorted(range(len(job.prompts)), key=lambda i: -len(points[FULL]["answers"][i]))[: config.speed_prompts]
     about = {"timed": longest, "tokens": config.speed_tokens, "points": names, "machine": report["machine"]}
     speed = part(job, "speed", about, timed, [job.prompts[i] for i in longest], config.speed_tokens)
-    chosen = job.selection[: config.raw_prompts]
-    raw = part(job, "raw-exits", {"surveyed": len(chosen)}, raw_line, chosen)["line"]
+    raw = part(job, "raw-exits", {"raw": "norm and full head"}, raw_line, job.selection)["line"]
     survey = certify.Survey(**load_file(Path(config.run) / "calibration" / "survey.safetensors"))
     trained = frontier_line(survey, job.model, job.settings)
-    report["lines"] = {"trained exits, selection prompts": trained, f"raw exits, first {len(chosen)} of them": raw}
+    report["lines"] = {"trained exits": trained, "raw exits (final norm, LM head)": raw}
     report["points"] = [{"name": n, "certificate": names.get(n), **p["figures"], **speed[n]} for n, p in points.items()]
     report["shown"] = shown = answer_shown(job, points)
     summary, web = f"{table(report)}\n\n{notes(report)}", PAGE.replace("ANSWERS", painted(shown, "html"))

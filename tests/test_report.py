@@ -72,7 +72,7 @@ def run(tmp_path_factory):
 
 
 def configure(report, run: Path):
-    return report.ReportConfig(str(run), str(run.parent / "prompts.json"), 8, speed_prompts=2, speed_tokens=6)
+    return report.ReportConfig(str(run), str(run.parent / "prompts.json"), speed_prompts=2, speed_tokens=6)
 
 
 @pytest.fixture(scope="module")
