@@ -33,6 +33,9 @@ import logging
 import os
 import re
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -45,7 +48,7 @@ from adaptive.card import folder_card
 from adaptive.certify import load_tokenizer
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import encode
-from adaptive.sealed import MANIFEST, seal
+from adaptive.sealed import MANIFEST, seal, unseal
 from adaptive.storage import model_digest
 
 logger = logging.getLogger(__name__)
@@ -247,53 +250,59 @@ def main(args: argparse.Namespace) -> None:
     out = export(model, args.out, args.precision, calibrate=calibrate)
     print(f"wrote {out}" + ("" if calibrate else ", not certified: no --prompts"))
     if calibrate is not None:
-        encoded = encode((parts.get("report") or parts["certify"])[:8], load_tokenizer(model))
-        print(beside(model, out, encoded, args.max_new_tokens or calibrate.get("max_new_tokens", 64)))
+        asked = [prompt for prompt in parts.get("report") or parts["certify"] if isinstance(prompt, str)]
+        print(beside(model, out, asked[:4], calibrate.get("max_new_tokens", 64)) if asked else "")
 
 
-def beside(model, out: Path, prompts: list[list[int]], new: int) -> str:
-    """Returns a Markdown table of the model and its folder: size, speed at batch 1 (prompts included), certificate.
+def beside(model, out: Path, prompts: list[str], new: int) -> str:
+    """Returns a Markdown table of the model and its folder: size, decoding speed at batch 1, certified harm.
 
     Args:
         model: the `EarlyExitModel`, as torch runs it.
-        out: the folder.
-        prompts: token ids; every way to generate answers each in turn, one after the other.
+        out: the folder, run as its users run it: in a process of its own.
+        prompts: what a user says; every way to generate answers each in turn.
         new: most tokens of an answer.
     """
-    from adaptive.runtime import Runtime
+    threads, tokenizer = torch.get_num_threads(), load_tokenizer(model)
+    chat = ["--chat"] if tokenizer.chat_template is not None else []
+    words = [
+        sys.executable,
+        str(out / "run.py"),
+        "--json",
+        "--max-new-tokens",
+        str(new),
+        "--threads",
+        str(threads),
+        *chat,
+    ]
 
-    threads = torch.get_num_threads()
-    runtime, torchs = Runtime.load(out, threads), sum(tensor.nbytes for tensor in model.state_dict().values())
-    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
-    certified, full = runtime.policy("certified"), ExitPolicy.full(model.num_exits)
-
-    def in_torch(ids: list[int], policy) -> int:
-        made = model.generate(input_ids=torch.tensor([ids], device=model.device), max_new_tokens=new, do_sample=False,
-                              policy=policy)  # fmt: skip
-        return made.shape[1] - len(ids)
-
-    ways = {
-        "torch, full depth": (torchs, lambda ids: in_torch(ids, full)),
-        "torch, its policy": (torchs, lambda ids: in_torch(ids, model.policy)),
-        "folder, full depth": (size, lambda ids: len(list(runtime.generate(ids, new, full)))),
-        "folder, certified": (size, lambda ids: len(list(runtime.generate(ids, new, certified)))),
-    }
-    taken = {name: [0, 0.0] for name in ways}
-    for _, answer in ways.values():
-        answer(prompts[0])  # what is slow only once
-    for ids in prompts:
-        for name, (_, answer) in ways.items():
+    def in_torch(prompt: str, policy) -> float:
+        ids, seconds = torch.tensor(encode([prompt], tokenizer), device=model.device), []
+        for count in (1, new):
             began = time.perf_counter()
-            count = answer(ids)
-            taken[name][0] += count
-            taken[name][1] += time.perf_counter() - began
-    ours, theirs = runtime.manifest["certificate"], model.certificate
-    harms = {"torch, its policy": theirs and theirs.certified, "folder, certified": ours and ours["certified"]}
+            made = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, policy=policy)
+            seconds.append(time.perf_counter() - began)
+        return (made.shape[1] - ids.shape[1] - 1) / (seconds[1] - seconds[0])
+
+    def in_folder(prompt: str, policy: str) -> float:
+        done = subprocess.run([*words, "--policy", policy, prompt], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout).get("tokens_per_second", 0.0)
+
+    record, torchs = unseal(out), sum(tensor.nbytes for tensor in model.state_dict().values())
+    size, full = sum(path.stat().st_size for path in out.iterdir() if path.is_file()), ExitPolicy.full(model.num_exits)
+    theirs, ours = model.certificate, record["certificate"]
+    ways = {
+        "torch, full depth": (torchs, None, lambda prompt: in_torch(prompt, full)),
+        "torch, its policy": (torchs, theirs and theirs.certified, lambda prompt: in_torch(prompt, model.policy)),
+        "folder, full depth": (size, None, lambda prompt: in_folder(prompt, "full")),
+        "folder, certified": (size, ours and ours["certified"], lambda prompt: in_folder(prompt, "certified")),
+    }
+    speeds = [[way[2](prompt) for way in ways.values()] for prompt in prompts]
     lines = ["| | MB | tokens/s | certified harm |", "| --- | --- | --- | --- |"]
-    for name, (count, seconds) in taken.items():
-        harm = "-" if harms.get(name) is None else f"{harms[name]:.4f}"
-        lines.append(f"| {name} | {ways[name][0] / 1e6:.0f} | {count / seconds:.1f} | {harm} |")
-    return "\n".join([*lines, "", f"{threads} threads, batch 1, {len(prompts)} prompts, up to {new} tokens each"])
+    for (name, (megabytes, harm, _)), found in zip(ways.items(), zip(*speeds)):
+        bound = "-" if harm is None else f"{harm:.4f}"
+        lines.append(f"| {name} | {megabytes / 1e6:.0f} | {statistics.median(found):.1f} | {bound} |")
+    return "\n".join([*lines, "", f"decoding at batch 1, {threads} threads, median of {len(prompts)} prompts"])
 
 
 def _asked(certificate, args) -> dict:

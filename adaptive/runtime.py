@@ -24,6 +24,9 @@ from adaptive.sealed import unseal
 from adaptive.session import Session, Step
 from adaptive.texts import Chat, Texts
 
+_POOL = threading.Lock()
+_pool: int | None = None  # threads of the process's pool, once there is one
+
 
 @dataclass(frozen=True)
 class Token:
@@ -66,7 +69,9 @@ class Runtime:
 
         Args:
             folder: written by `python -m adaptive.export`.
-            threads: that multiply matrices; the cores this process may use if None.
+            threads: that multiply matrices; the cores this process may use if None. The first
+                runtime with more than one makes a pool for the process, which all later ones share, whatever they
+                ask for, and other onnxruntime sessions made later must, too (`use_per_session_threads = False`).
 
         Raises:
             ValueError: a file that is missing or was changed, a newer format.
@@ -77,7 +82,7 @@ class Runtime:
         names = [name for name in manifest["files"] if name.endswith(".onnx")]
         graphs = {name[:-5]: onnxruntime.InferenceSession(str(folder / name), options, ["CPUExecutionProvider"])
                   for name in names}  # fmt: skip
-        arrays = {name[:-4]: np.load(folder / name, mmap_mode="r", allow_pickle=False)
+        arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
         return cls(manifest, graphs, arrays, Texts(folder / "tokenizer.json", Chat(manifest["chat"])))
 
@@ -225,10 +230,16 @@ def _cores() -> int:
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
-    """Returns session options: every graph has a pool of threads, which stops spinning when the graph has run."""
+    """Returns session options. Graphs that run one after the other are a fifth faster on one pool of threads than on a
+    pool each, and onnxruntime's one pool is the whole process's."""
+    global _pool
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # One pool for all would have to be the whole process's, and refuse everybody else's sessions.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_cpu_mem_arena = False  # no slower, and 35 MB less for a prompt of 512 tokens
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    with _POOL:
+        if threads > 1 and _pool is None:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            _pool = threads
+    options.use_per_session_threads = _pool is None
     return options
