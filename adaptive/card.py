@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from adaptive import __version__
 
 _TEMPLATE = """---
@@ -69,4 +71,60 @@ def _guarantee(certificate) -> str:
         f"{sure}, the expected {c.harm} harm per {per} is at most {c.certified:.4f} ({asked}; bound: {c.bound}, {c.n} "
         f"prompts, mean harm on them {c.mean:.4f}). It holds for prompts like those it was certified on, greedy "
         f"answers generated with `max_new_tokens={c.max_new_tokens}` and no penalties, and exactly these weights."
+    )
+
+
+_FOLDER = """---
+pipeline_tag: text-generation
+tags: [early-exit, onnx]
+---
+
+# {name}: early exits, {precision}, {megabytes:.0f} MB
+
+A `{family}` model of {layers} blocks that leaves early where it may, at depths {depths}, exported by adaptive-exits.
+It needs neither torch nor adaptive-exits:
+
+```
+pip install -r requirements.txt
+python run.py "Once upon a time" --stats
+python run.py --chat "Why is the sky blue?"
+```
+
+```python
+from runtime import Runtime
+
+runtime = Runtime.load(".")
+for token in runtime.generate("Once upon a time", max_new_tokens=64):
+    print(token.text, end="", flush=True)  # token.depth, token.score
+```
+
+`--policy certified` is the default, `full` never leaves early, `budget=0.8` spends at most that share of the full
+depth's FLOPs and promises nothing. Every file's digest is checked when the folder is loaded.
+
+## What is guaranteed
+
+{guarantee}
+"""
+
+
+def folder_card(record: dict, size: int) -> str:
+    """Returns the card of an exported folder as Markdown.
+
+    Args:
+        record: its manifest.
+        size: of its files, in bytes.
+    """
+    certificate = record["certificate"]
+    guarantee = (
+        "Nothing: the exported exits are not calibrated, and the default policy is the full depth. Export again with "
+        "`--prompts`."
+        if certificate is None
+        else _guarantee(SimpleNamespace(**certificate))
+        + " The full depth that judges harm is this folder's own, at this precision."
+    )
+    return _FOLDER.format(
+        **{key: record[key] for key in ("name", "precision", "family", "layers")},
+        megabytes=size / 1e6,
+        depths=[exit["depth"] for exit in record["exits"]],
+        guarantee=guarantee,
     )

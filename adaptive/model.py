@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -286,6 +287,19 @@ class EarlyExitModel(nn.Module):
             ValueError: files that are missing, truncated, changed, or that do not fit the backbone.
         """
         return storage.load(cls, str(folder), backbone, kwargs)
+
+    def export(self, folder: str | Path, precision: str = "int4", **kwargs) -> Path:
+        """Writes a folder that generates without torch; see `adaptive.export.export`, which also takes **kwargs."""
+        # Looked up when asked for: exporting stands above the model, and needs packages that a model does not.
+        return import_module("adaptive.export").export(self, folder, precision, **kwargs)
+
+    def to_draft(self, depth: int, folder: str | Path) -> Path:
+        """Writes the blocks up to an exit as a plain checkpoint that drafts for the model; see `plain.to_draft`."""
+        return import_module("adaptive.plain").to_draft(self, depth, folder)
+
+    def merge(self, folder: str | Path) -> Path:
+        """Writes the backbone, adapters merged, as a plain checkpoint; see `plain.merge`."""
+        return import_module("adaptive.plain").merge(self, folder)
 
     def push_to_hub(
         self,

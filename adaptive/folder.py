@@ -1,0 +1,144 @@
+"""An exported folder in the place of a model, for `calibrate`: prompts, answers and judge on its own graphs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptive import ranking
+from adaptive.calibration import Certificate
+from adaptive.certify import Survey, calibrate, survey
+from adaptive.costs import Costs
+from adaptive.policy import ExitPolicy, Trace
+from adaptive.prompts import encode
+from adaptive.runtime import Runtime, Token
+from adaptive.session import Session
+
+
+class Folder:
+    """What `calibrate` asks of a model, answered by an exported folder. Rows are generated side by side in threads.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.runtime = Runtime.load(path, threads=1)
+        manifest = self.runtime.manifest
+        self.depths, self.layers = self.runtime.depths, manifest["layers"]
+        self.num_exits, self.num_layers = len(self.depths), self.layers
+        self.costs = Costs(manifest["costs"]["shape"], manifest["costs"]["exits"])
+        self.generation_config = SimpleNamespace(pad_token_id=0)
+        self.device, self.view, self.certificate = torch.device("cpu"), self, None
+        self.workers = ThreadPoolExecutor(os.cpu_count())
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the graphs and arrays, by name."""
+        files = self.runtime.manifest["files"]
+        names = [name for name in sorted(files) if name.endswith((".onnx", ".bin", ".npy"))]
+        return hash_of(names, files)
+
+    def certify(self, certificate: Certificate) -> None:
+        """Takes a certificate."""
+        self.certificate = certificate
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, policy: ExitPolicy,
+                 probe: bool = False, **ignored):  # fmt: skip
+        """Returns `.sequences` [rows, prompt + new] and `.trace` of greedy answers, as `EarlyExitModel.generate`.
+
+        Args:
+            input_ids: [rows, prompt], left-padded.
+            attention_mask: [rows, prompt].
+            max_new_tokens: most tokens of an answer.
+            policy: who leaves where.
+            probe: generate at full depth and record what every exit would have said.
+            **ignored: what only matters to transformers.
+        """
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        one = lambda prompt: self._answer(prompt, max_new_tokens, policy, probe)  # noqa: E731
+        answers, traces = zip(*self.workers.map(one, prompts), strict=True)
+        longest = max(map(len, answers))
+        padded = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers])
+        return SimpleNamespace(sequences=torch.cat([input_ids, padded], dim=1), trace=Trace.join(traces))
+
+    def _answer(self, prompt: list[int], max_new_tokens: int, policy, probe: bool) -> tuple[list[int], Trace]:
+        session, eos = Session(self.runtime, len(prompt) + max_new_tokens), self.runtime.manifest["eos"]
+        session.prefill(prompt)
+        ids, tokens, regrets = [], [], []
+        while len(ids) < max_new_tokens and not (ids and ids[-1] in eos):
+            step = session.step(policy, ids[-1] if ids else None, probe)
+            # See `losses.regret`.
+            regrets.append([step.logits.max() - step.logits[said] for said in step.said])
+            ids.append(step.pick())
+            tokens.append(Token(ids[-1], "", 0, 0.0, step))
+        trace = self.runtime.trace(tokens, len(prompt))
+        trace.regret = np.array([regrets], np.float32) if probe else None
+        return ids, trace
+
+    def start(self, ids: Tensor, mask: Tensor, positions: Tensor | None, cache: None) -> tuple[Tensor, Tensor]:
+        """Returns what `run` needs; part of a backbone's view, as the judge sees it."""
+        return ids, mask
+
+    def run(self, ids: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
+        """Returns full-depth states [rows, tokens, hidden] of rows [rows, tokens], each in one teacher-forced pass."""
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+        states = list(self.workers.map(lambda prompt: Session(self.runtime, len(prompt)).prefill(prompt), prompts))
+        out = torch.zeros(*ids.shape, self.runtime.manifest["shape"]["hidden"])
+        for row, state in enumerate(states):
+            out[row, -len(state) :] = torch.from_numpy(state)
+        return out
+
+    def norm(self, states: Tensor) -> Tensor:
+        """Returns the states: the final norm is part of `logits`."""
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden]."""
+        return torch.from_numpy(self.runtime.logits(states.numpy()))
+
+
+def hash_of(names: Sequence[str], files: dict) -> str:
+    """Returns one digest of several files' names and digests."""
+    from adaptive.data import digest
+
+    return digest("\n".join(f"{name} {files[name]}" for name in names).encode())
+
+
+def certified(model, path: Path, tokenizer, settings: dict) -> dict:
+    """Returns what calibration adds to a folder's manifest: `certificate`, and the `frontier` that budgets choose from.
+
+    Args:
+        model: the `EarlyExitModel` that was exported.
+        path: the folder.
+        tokenizer: of the backbone.
+        settings: arguments of `calibrate`.
+    """
+    folder, settings = Folder(path), dict(settings)
+    prompts, chosen = settings.pop("prompts"), settings.pop("selection", None)
+    if chosen is not None and not isinstance(chosen, Survey):
+        length = settings.get("max_new_tokens", 64)
+        chosen = survey(folder, encode(chosen, tokenizer), length, settings.get("batch_size", 32))
+    found = calibrate(folder, prompts, selection=chosen, tokenizer=tokenizer, **settings)
+    found.versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    values = asdict(found)
+    values["thresholds"] = [None if math.isinf(t) else float(t) for t in found.thresholds]
+    frontier = []
+    if chosen is not None:
+        harms = chosen.harms(found.harm, found.tolerance or 0.0)
+        for point in ranking.frontier(chosen.scores, harms, chosen.costs, chosen.full_cost, chosen.rows):
+            cuts = [None if math.isinf(t) else float(t) for t in point.thresholds]
+            cost = float(point.cost / chosen.full_cost)
+            frontier.append({"cost": cost, "harm": float(point.harm), "thresholds": cuts})
+    return {"certificate": values, "frontier": frontier}

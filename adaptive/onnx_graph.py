@@ -1,0 +1,135 @@
+"""An ONNX graph in the making: nodes, and weights in a file beside it that the runtime can map.
+
+Activations are float32. Operators are ONNX Runtime's own where it has them; MatMulNBits multiplies 4 or 8 bit weights
+(accuracy level 4: activations are quantized to 8 bits as well).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from adaptive.quantize import BLOCK, quantize
+from adaptive.recipes import MLP, Linear, Norm
+
+MS = "com.microsoft"
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+TYPES = {"float32": FLOAT, "uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "int64": INT64, "int32": INT32}
+PAGE = 4096
+
+
+class Graph:
+    """An ONNX graph in the making.
+
+    Args:
+        path: of the .onnx file; weights go to the same name with .bin.
+        bits: 4 or 8 for quantized weights, 32 for plain ones.
+        level: accuracy level of MatMulNBits: 4 quantizes activations, 1 leaves them alone.
+    """
+
+    def __init__(self, path: Path, bits: int, level: int = 4):
+        self.path, self.bits, self.level = path, bits, level
+        self.nodes, self.inputs, self.outputs, self.weights = [], [], [], []
+        self.data = open(path.with_suffix(".bin"), "wb")
+        self.count = 0
+
+    def input(self, name: str, kind: int, *dims: int | str) -> str:
+        """Declares an input; returns its name."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, dims))
+        return name
+
+    def output(self, value: str, name: str, kind: int, *dims: int | str) -> None:
+        """Declares `value` as an output called `name`."""
+        if value != name:
+            self.nodes.append(helper.make_node("Identity", [value], [name]))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, dims))
+
+    def node(self, op: str, *inputs: str, outs: int = 1, names: tuple = (), domain: str = "", **attributes):
+        """Adds a node; returns the name of its output, or a list of `outs` names."""
+        self.count += 1
+        names = list(names) or [f"{op}_{self.count}_{index}" for index in range(outs)]
+        self.nodes.append(
+            helper.make_node(op, list(inputs), names, name=f"{op}_{self.count}", domain=domain, **attributes)
+        )
+        return names if len(names) > 1 else names[0]
+
+    def weight(self, values: np.ndarray) -> str:
+        """Adds a constant; large ones go to the file of weights."""
+        values = np.ascontiguousarray(values)
+        self.count += 1
+        tensor = TensorProto(name=f"weight_{self.count}", data_type=TYPES[str(values.dtype)], dims=values.shape)
+        if values.nbytes < 1024:
+            tensor.raw_data = values.tobytes()
+        else:
+            self.data.write(b"\0" * (-self.data.tell() % PAGE))
+            self._outside(tensor, self.path.with_suffix(".bin").name, self.data.tell(), values.nbytes)
+            self.data.write(values.data)
+        self.weights.append(tensor)
+        return tensor.name
+
+    def mapped(self, file: str, offset: int, dtype: str, *dims: int) -> str:
+        """Adds a constant that lies in another file already."""
+        self.count += 1
+        tensor = TensorProto(name=f"weight_{self.count}", data_type=TYPES[dtype], dims=dims)
+        self._outside(tensor, file, offset, int(np.prod(dims)) * np.dtype(dtype).itemsize)
+        self.weights.append(tensor)
+        return tensor.name
+
+    @staticmethod
+    def _outside(tensor: TensorProto, file: str, offset: int, length: int) -> None:
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=value)
+
+    def save(self) -> None:
+        """Writes the graph."""
+        self.data.close()
+        graph = helper.make_graph(self.nodes, self.path.stem, self.inputs, self.outputs, self.weights)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)]
+        onnx.save_model(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(self.path))
+        if not self.path.with_suffix(".bin").stat().st_size:
+            self.path.with_suffix(".bin").unlink()
+
+    def linear(self, x: str, layer: Linear, exact: bool = False) -> str:
+        """Multiplies `x` [.., in] by a layer's weights; `exact` leaves them in float32."""
+        if self.bits == 32 or exact:
+            out = self.node("MatMul", x, self.weight(layer.weight.T))
+        else:
+            rows, inputs = layer.weight.shape
+            stored = [self.weight(part) for part in quantize(layer.weight, self.bits)]
+            settings = dict(K=inputs, N=rows, bits=self.bits, block_size=BLOCK, accuracy_level=self.level)
+            out = self.node("MatMulNBits", x, *stored, domain=MS, **settings)
+        return out if layer.bias is None else self.node("Add", out, self.weight(layer.bias))
+
+    def norm(self, x: str, norm: Norm) -> str:
+        """RMS norm over the last axis (Zhang & Sennrich 2019, eq. 4)."""
+        return self.node("SimplifiedLayerNormalization", x, self.weight(norm.weight), axis=-1, epsilon=norm.eps)
+
+    def add_norm(self, x: str, added: str, norm: Norm) -> tuple[str, str]:
+        """Returns (normed, sum) of two states."""
+        names = [f"normed_{self.count}", f"state_{self.count}"]
+        self.node("SkipSimplifiedLayerNormalization", x, added, self.weight(norm.weight), domain=MS,
+                  names=(names[0], "", "", names[1]), epsilon=norm.eps)  # fmt: skip
+        return names[0], names[1]
+
+    def reshape(self, x: str, *dims: int) -> str:
+        """Reshapes; 0 keeps a dimension."""
+        return self.node("Reshape", x, self.weight(np.array(dims, np.int64)))
+
+    def split(self, x: str, *sizes: int, axis: int = -1) -> list[str]:
+        """Cuts an axis into pieces."""
+        return self.node("Split", x, self.weight(np.array(sizes, np.int64)), outs=len(sizes), axis=axis)
+
+    def gated(self, normed: str, mlp: MLP) -> str:
+        """Returns down(act(gate) * up) of a normed state (Shazeer 2020, eq. 6)."""
+        half = len(mlp.gate_up.weight) // 2
+        gate, up = self.split(self.linear(normed, mlp.gate_up), half, half)
+        act = (
+            self.node("QuickGelu", gate, domain=MS, alpha=1.0)  # with alpha 1 this is SiLU
+            if mlp.act == "silu"
+            else self.node("Gelu", gate, approximate="tanh")
+        )
+        return self.linear(self.node("Mul", act, up), mlp.down)

@@ -1,0 +1,287 @@
+"""One generation over a runtime's graphs: its keys and values, and the walk of each token down the segments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from onnxruntime import OrtValue
+
+CHUNK = 128  # prompt tokens run at once; more of them need more memory, and are hardly faster
+
+
+@dataclass
+class Step:
+    """What happened to one token.
+
+    Attributes:
+        logits: [entries], of the head that it left by; the next step overwrites them.
+        ids: vocabulary entries of these, or None for the whole vocabulary.
+        taken: index of the exit; the number of exits for full depth.
+        scores: what each gate said, NaN where it was not asked.
+        headed: whether each exit's head was evaluated.
+        caught_up: states that each block head ran to fill its own K/V.
+        context: tokens attended to, its own included.
+        said: what each exit would have said, when probing.
+    """
+
+    logits: np.ndarray | None
+    ids: np.ndarray | None
+    taken: int
+    scores: list[float]
+    headed: list[bool]
+    caught_up: list[int]
+    context: int
+    said: list[int]
+
+    @property
+    def score(self) -> float:
+        """What the last gate that was asked said; NaN if none was."""
+        asked = [score for score in self.scores if not math.isnan(score)]
+        return asked[-1] if asked else math.nan
+
+    def pick(self, temperature: float = 0.0, top_p: float = 1.0, generator: np.random.Generator | None = None) -> int:
+        """Returns the likeliest token, or a sampled one (nucleus sampling: Holtzman et al. 2020, section 3.1)."""
+        if temperature == 0:
+            return best(self.logits, self.ids)
+        order = np.argsort(-self.logits, kind="stable") if top_p < 1 else np.arange(len(self.logits))
+        scaled = self.logits[order].astype(np.float64) / temperature
+        mass = np.exp(scaled - scaled.max()).cumsum()
+        if top_p < 1:
+            mass = mass[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
+        drawn = int(order[np.searchsorted(mass, generator.random() * mass[-1], side="right")])
+        return drawn if self.ids is None else int(self.ids[drawn])
+
+
+def best(logits: np.ndarray, ids: np.ndarray | None) -> int:
+    """Returns the vocabulary entry of the highest of the logits [entries]; the lowest id wins a tie."""
+    return int(logits.argmax()) if ids is None else int(ids[logits == logits.max()].min())
+
+
+class Session:
+    """Keys, values and states of one generation.
+
+    Args:
+        runtime: the weights.
+        room: most tokens, prompt and answer together.
+    """
+
+    def __init__(self, runtime, room: int):
+        self.runtime, self.manifest, self.room = runtime, runtime.manifest, room
+        self.exits, self.depths, self.length = self.manifest["exits"], runtime.depths, 0
+        shape = self.manifest["shape"]
+        dims = (self.manifest["slots"], shape["kv_heads"], room, shape["head_dim"])
+        self.keys, self.values = np.zeros(dims, np.float32), np.zeros(dims, np.float32)
+        self.last, self.total = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        self.cos, self.sin = runtime.tables(room)
+        self.shared = {"last": _value(self.last), "total": _value(self.total)}
+        for kind in range(len(self.cos)):
+            self.shared |= {f"cos_{kind}": _value(self.cos[kind]), f"sin_{kind}": _value(self.sin[kind])}
+        for slot in range(dims[0]):
+            for name, buffer in (("key", self.keys), ("value", self.values)):
+                self.shared[f"past_{name}_{slot}"] = self.shared[f"{name}_{slot}"] = _value(buffer[slot][None])
+        hidden = shape["hidden"]
+        # The newest token's state at depth 0 and behind every segment.
+        self.states = [np.zeros((1, 1, hidden), np.float32) for _ in range(len(self.manifest["segments"]) + 1)]
+        self.bound: dict[str, tuple] = {}
+        for index in range(len(self.manifest["segments"])):
+            self._bind(f"segment_{index}", state=self.states[index], out=self.states[index + 1])
+        self.kept = {index: np.zeros((room, hidden), np.float32)
+                     for index, exit in enumerate(self.exits) if exit["slot"] is not None}  # fmt: skip
+        self.frontier = dict.fromkeys(self.kept, 0)
+
+    def prefill(self, ids) -> np.ndarray:
+        """Runs tokens at full depth; returns their final states [tokens, hidden], before the final norm."""
+        if self.length + len(ids) > self.room:
+            raise ValueError(f"{len(ids)} more tokens do not fit: the session has room for {self.room}")
+        out = []
+        for start in range(0, len(ids), CHUNK):
+            piece = ids[start : start + CHUNK]
+            self._place(self.length + len(piece))
+            state = self._embed(piece)
+            for index in range(len(self.manifest["segments"])):
+                state = self._run_many(f"segment_{index}", state)
+                self.states[index + 1][:] = state[:, -1:]
+                for exit in self.kept:
+                    if self.exits[exit]["segment"] == index:
+                        self.kept[exit][self.length : self.length + len(piece)] = state[0]
+            self.length += len(piece)
+            self.states[0][:] = self._embed(piece[-1:])
+            out.append(state[0])
+        return np.concatenate(out)
+
+    def step(self, policy, token: int | None = None, probe: bool = False) -> Step:
+        """Returns what becomes of the newest token.
+
+        Args:
+            policy: who leaves where.
+            token: to run; None for the prompt's last one, which `prefill` has run already.
+            probe: ask every gate and head, and let nobody leave.
+        """
+        ran = token is None
+        if not ran:
+            if self.length >= self.room:
+                raise ValueError(f"the session is full: it has room for {self.room} tokens")
+            self._place(self.length + 1)
+            self.states[0][:] = self._embed([token])
+            self.length += 1
+        count = len(self.exits)
+        step = Step(None, None, count, [math.nan] * count, [False] * count, [0] * count, self.length, [])
+        done, before = 0, self.states[0]
+        for index, exit in enumerate(self.exits):
+            if not (probe or policy.asks(index)):
+                continue
+            if not ran:
+                done = self._advance(done, exit["segment"] + 1)
+            state = self.states[exit["segment"] + 1]
+            if not ran and index in self.kept:
+                self.kept[index][self.length - 1] = state[0, 0]
+            early = probe or exit["gate"] in ("max_prob", "margin", "entropy")
+            found = self._head(index, step) if early else None
+            step.scores[index] = self._score(index, state[0, 0], before[0, 0], found)
+            before = state
+            if probe:
+                step.said.append(best(*found))
+            elif policy.leaves(index, step.scores[index]):
+                step.logits, step.ids = found or self._head(index, step)
+                step.taken = index
+                if not ran:
+                    self._skip(index, state)
+                return step
+        if not ran:
+            self._advance(done, len(self.manifest["segments"]))
+        normed = self._run("final", state=self.states[-1])["normed"]
+        step.logits = self._run("vocabulary", normed=normed)["logits"].reshape(-1)
+        return step
+
+    def _head(self, index: int, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns (logits [entries], their ids or None) of one exit's head for the newest token; noted in `step`."""
+        exit, step.headed[index] = self.exits[index], True
+        state = self.states[exit["segment"] + 1]
+        if exit["slot"] is not None:
+            normed, step.caught_up[index] = self._catch_up(index)
+        else:
+            normed = self._run(exit["features"], state=state, **self._borrowed(exit["borrowed"]))["normed"]
+        out = self._run(exit["vocabulary"], normed=normed)
+        ids = self.runtime.arrays[f"{exit['vocabulary']}_ids"] if exit["entries"] == "fixed" else out.get("ids")
+        return out["logits"].reshape(-1), ids
+
+    def _borrowed(self, slots: list[int]) -> dict[str, np.ndarray]:
+        """Returns what a block head on the backbone's K/V needs: the newest token's own, and its position."""
+        now = self.length - 1
+        out = {f"key_now_{slot}": self.keys[slot, :, now].reshape(1, 1, -1) for slot in slots}
+        out |= {f"value_now_{slot}": self.values[slot, :, now].reshape(1, 1, -1) for slot in slots}
+        return out | {"position": np.array([[now]])} if slots else {}
+
+    def _advance(self, done: int, until: int) -> int:
+        """Runs segments done..until-1 for the newest token."""
+        for index in range(done, until):
+            self._go(f"segment_{index}")
+        return until
+
+    def _place(self, end: int) -> None:
+        """Tells attention where the tokens that are run next end."""
+        self.total[0], self.last[0] = end, end - 1
+
+    def _embed(self, ids) -> np.ndarray:
+        """Returns embeddings [1, tokens, hidden]."""
+        rows = self.runtime.arrays["embedding"][ids].astype(np.float32)
+        if "embedding_scale" in self.runtime.arrays:
+            rows *= self.runtime.arrays["embedding_scale"][ids][:, None]
+        factor = self.manifest["embedding_factor"]
+        return (rows if factor == 1 else rows * np.float32(factor))[None]
+
+    def _skip(self, index: int, state: np.ndarray) -> None:
+        """Fills what lies beyond the exit from the state that the token left with: K/V and deeper heads' states."""
+        depth, layers, now = self.depths[index], self.manifest["layers"], self.length - 1
+        if depth < layers:
+            kinds = self.manifest["rope_of"][depth:] if len(self.cos) > 1 else [0]
+            out = self._run(f"fill_{index}", state=state, cos=self.cos[kinds, now][:, None],
+                            sin=self.sin[kinds, now][:, None])  # fmt: skip
+            self.keys[depth:layers, :, now], self.values[depth:layers, :, now] = out["keys"], out["values"]
+        for deeper in self.kept:
+            if deeper > index:
+                self.kept[deeper][now] = state[0, 0]
+
+    def _catch_up(self, index: int) -> tuple[np.ndarray, int]:
+        """Runs a block head over every token since it was last asked; returns the newest one's normed state
+        [1, 1, hidden] and how many there were."""
+        first, self.frontier[index] = self.frontier[index], self.length
+        self._place(self.length)
+        state = np.ascontiguousarray(self.kept[index][None, first : self.length])
+        return np.ascontiguousarray(self._run_many(self.exits[index]["features"], state)[:, -1:]), self.length - first
+
+    def _score(self, index: int, state: np.ndarray, before: np.ndarray, found: tuple | None) -> float:
+        """Returns what a gate says, in [0, 1]."""
+        kind = self.exits[index]["gate"]
+        if kind in ("linear", "mlp"):
+            return self._learned(index, kind, state)
+        if kind == "similarity":
+            cosine = float(state @ before) / max(float(np.sqrt((state @ state) * (before @ before))), 1e-8)
+            return min(max((1 + cosine) / 2, 0.0), 1.0)
+        logits = found[0].astype(np.float64)
+        probs = np.exp(logits - logits.max())
+        probs /= probs.sum()
+        if kind == "entropy":
+            value = 1 + float((probs * np.log(np.maximum(probs, 1e-30))).sum()) / math.log(len(probs))
+            return min(max(value, 0.0), 1.0)
+        second, first = np.partition(probs, -2)[-2:]
+        return float(first if kind == "max_prob" else first - second)
+
+    def _learned(self, index: int, kind: str, state: np.ndarray) -> float:
+        arrays, exit = self.runtime.arrays, self.exits[index]
+        normed = state / np.sqrt(state @ state / len(state) + np.float32(exit["eps"]))
+        if kind == "mlp":
+            # Not a BLAS product: that would start threads of its own for a matrix this small.
+            inner = np.einsum("oi,i->o", arrays[f"gate_{index}_in"], normed) + arrays[f"gate_{index}_in_bias"]
+            normed = np.array([0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in inner.tolist()], np.float32)
+        logit = float(normed @ arrays[f"gate_{index}"]) + exit["shift"]
+        return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+
+    def _bind(self, name: str, **arrays: np.ndarray) -> None:
+        """Binds a graph to arrays for one token; what is not given is shared, or made."""
+        graph = self.runtime.graphs[name]
+        binding, outputs = graph.io_binding(), {}
+        for item in graph.get_inputs():
+            shared = self.shared.get(item.name)
+            binding.bind_ortvalue_input(item.name, _value(arrays[item.name]) if shared is None else shared)
+        for item in graph.get_outputs():
+            shared = self.shared.get(item.name)
+            if shared is None:
+                dims = [1 if isinstance(size, str) else size for size in item.shape]
+                kind = np.int64 if "int64" in item.type else np.float32
+                outputs[item.name] = arrays.get(item.name, np.zeros(dims, kind))
+                shared = _value(outputs[item.name])
+            binding.bind_ortvalue_output(item.name, shared)
+        self.bound[name] = (graph, binding, arrays, outputs)
+
+    def _go(self, name: str) -> dict[str, np.ndarray]:
+        graph, binding, _, outputs = self.bound[name]
+        graph.run_with_iobinding(binding)
+        return outputs
+
+    def _run(self, name: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs a graph for one token; the arrays are bound the first time, and copied to those later."""
+        if name not in self.bound:
+            self._bind(name, **{key: np.array(value) for key, value in arrays.items()})
+        for key, value in arrays.items():
+            self.bound[name][2][key][:] = value
+        return self._go(name)
+
+    def _run_many(self, name: str, state: np.ndarray) -> np.ndarray:
+        """Runs a graph of blocks for several tokens [1, tokens, hidden]."""
+        graph, out = self.runtime.graphs[name], np.empty_like(state)
+        binding = graph.io_binding()
+        for item in graph.get_inputs():
+            binding.bind_ortvalue_input(item.name, self.shared.get(item.name) or _value(state))
+        for item in graph.get_outputs():
+            binding.bind_ortvalue_output(item.name, self.shared.get(item.name) or _value(out))
+        graph.run_with_iobinding(binding)
+        return out
+
+
+def _value(array: np.ndarray) -> OrtValue:
+    """Returns an OrtValue over an array's own memory."""
+    assert array.flags.c_contiguous, "a copy would be written instead"
+    return OrtValue.ortvalue_from_numpy(array, "cpu")

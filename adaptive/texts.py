@@ -1,0 +1,96 @@
+"""Text in, text out: tokenizer and chat template of an exported folder, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+ROLES = ("system", "user", "assistant")
+
+
+class Chat:
+    """Renders chat messages.
+
+    Args:
+        template: None, {"jinja": text}, or, where what a template writes does not depend on more than the role,
+            {"start": before a first message that is not the system's, "roles": {role: [before, after]},
+            "answer": before the answer}.
+    """
+
+    def __init__(self, template: dict | None):
+        self.template = template
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """Returns the text of a conversation, up to where the answer begins.
+
+        Raises:
+            ValueError: no messages, unknown roles, a model without a chat template.
+        """
+        if self.template is None:
+            raise ValueError("this model has no chat template; use generate")
+        roles = self.template.get("roles")
+        known = ROLES if roles is None else tuple(roles)
+        if not messages or any(set(m) != {"role", "content"} or m["role"] not in known for m in messages):
+            raise ValueError(
+                f"`messages` must be a list of {{'role': ..., 'content': ...}} with roles among {', '.join(known)}; "
+                f"got {[m.get('role') for m in messages]}"
+            )
+        if roles is None:
+            return self._jinja(messages)
+        out = "" if messages[0]["role"] == "system" else self.template["start"]
+        for message in messages:
+            before, after = roles[message["role"]]
+            out += before + message["content"] + after
+        return out + self.template["answer"]
+
+    def _jinja(self, messages) -> str:
+        try:
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise ValueError("this model's chat template needs jinja2: pip install jinja2, or use generate") from None
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        values = {name: self.template.get(name, "") for name in ("bos_token", "eos_token")}
+        template = environment.from_string(self.template["jinja"])
+        return template.render(messages=list(messages), add_generation_prompt=True, **values)
+
+
+def _refuse(message: str):
+    """What templates call where a conversation does not suit them."""
+    raise ValueError(f"the chat template refuses this conversation: {message}")
+
+
+class Texts:
+    """A tokenizer.
+
+    Args:
+        path: of tokenizer.json.
+        chat: renders conversations.
+    """
+
+    def __init__(self, path: Path, chat: Chat):
+        self.tokenizer, self.template = Tokenizer.from_file(str(path)), chat
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Returns token ids; with `special`, what the tokenizer puts before every text, too.
+
+        Raises:
+            ValueError: the text is not valid Unicode (bytes that were no UTF-8).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 (at character {error.start}); pass valid text") from None
+        return self.tokenizer.encode(text, add_special_tokens=special).ids
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Returns the ids of a conversation, up to where the answer begins."""
+        return self.encode(self.template.render(messages), special=False)
+
+    def stream(self) -> Callable[[int], str]:
+        """Returns a function that takes the ids of an answer one by one and returns what each adds to its text."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self.tokenizer, token) or ""

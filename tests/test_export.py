@@ -1,0 +1,344 @@
+"""An exported folder against the model that it came from, and against whatever may happen to it."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, tiny
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from adaptive import outcomes, session  # noqa: E402
+from adaptive.config import ExitConfig  # noqa: E402
+from adaptive.export import chat_template, export  # noqa: E402
+from adaptive.folder import Folder  # noqa: E402
+from adaptive.model import EarlyExitModel  # noqa: E402
+from adaptive.policy import ExitPolicy  # noqa: E402
+from adaptive.quantize import BLOCK, quantize, quantize_rows, restore  # noqa: E402
+from adaptive.recipes import FAMILIES  # noqa: E402
+from adaptive.runtime import Runtime  # noqa: E402
+from adaptive.texts import Chat  # noqa: E402
+
+SHAPE = dict(head_dim=16, hidden_size=64)  # the rotary step of GroupQueryAttention wants heads of 16, 32, ...
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<s>be good</s>\n{% endif %}"
+    "<{{ message['role'] }}>{{ message['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<assistant>"
+    "{% endif %}"
+)
+KINDS = {
+    "norm": dict(head="norm"),
+    "mixed": dict(head=["linear", "mlp"], layers=2, shortlist=[None, 40], gate="mlp"),
+    "block": dict(head="block"),
+    "shared": dict(head="block", head_kv="shared", layers=2),
+    "screen": dict(head=["mlp", "norm"], shortlist=24, screen=8),
+    "last": dict(depths=[2, 4], head="norm", shortlist=40),
+    "max_prob": dict(head="norm", gate="max_prob"),
+    "margin": dict(head="norm", shortlist=30, gate="margin"),
+    "entropy": dict(head="norm", gate="entropy"),
+    "similarity": dict(head="norm", gate="similarity"),
+}
+
+
+def made(family: str = "llama", kind: str = "norm", **overrides) -> EarlyExitModel:
+    """A tiny model whose exits disagree with its full depth, and whose gates are of two minds."""
+    config = ExitConfig(**{"depths": [2, 3], **KINDS[kind]})
+    model = EarlyExitModel.from_backbone(tiny(family, **SHAPE, **overrides), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.exits.parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of one word per id."""
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An exported folder that is not to be changed."""
+    return export(made(), tmp_path_factory.mktemp("export") / "out", "fp32", tokenizer())
+
+
+def prompt(seed: int = 0, length: int = 9) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+
+
+def compare(model: EarlyExitModel, runtime: Runtime, policy, seed: int = 0) -> float:
+    """Asserts the same tokens, exits, heads and catching up; returns the mean depth."""
+    ids = prompt(seed)
+    theirs = model.generate(
+        input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, policy=policy, return_dict_in_generate=True
+    )
+    tokens = list(runtime.generate(ids, 24, policy=policy))
+    trace = runtime.trace(tokens, len(ids))
+    assert [token.id for token in tokens] == theirs.sequences[0, len(ids) :].tolist()
+    for name in ("taken", "context", "headed", "caught_up", "prompt"):
+        assert np.array_equal(getattr(trace, name), getattr(theirs.trace, name)), name
+    np.testing.assert_allclose(trace.scores, theirs.trace.scores, atol=2e-5)
+    assert [token.depth for token in tokens] == trace.depth[0].tolist()
+    return trace.mean_depth
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path):
+    model = made(kind=kind)
+    runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
+    scores = [token.step.scores for token in runtime.generate(prompt(), 24, policy=[1e9, 1e9])]
+    middle = np.nanmedian(np.array(scores), axis=0).tolist()
+    depths = [compare(model, runtime, policy, seed) for seed, policy in enumerate(([0, 0], middle, [math.inf] * 2))]
+    assert depths[0] == 2 and 2 < depths[1] < 4 and depths[2] == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_leaves_where_torch_leaves(family, tmp_path, monkeypatch):
+    kind = {"gemma3_text": "block", "qwen3": "shared"}.get(family, "norm")
+    model = made(family.removesuffix("_text"), kind)
+    runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
+    scores = [token.step.scores for token in runtime.generate(prompt(), 24, policy=[1e9, 1e9])]
+    middle = np.nanmedian(np.array(scores), axis=0).tolist()
+    assert 2 < compare(model, runtime, middle) < 4
+    # Longer than a chunk of the prefill, and than any window.
+    monkeypatch.setattr(session, "CHUNK", 32)
+    ids = prompt(length=100)
+    out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    assert [token.id for token in runtime.generate(ids, 4, policy="full")] == out[0, 100:].tolist()
+
+
+def test_scaled_rotary_tables_and_biases(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}  # fmt: skip
+    model = made(rope_parameters=rope, attention_bias=True, tie_word_embeddings=False)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    compare(model, Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["mixed", "screen"])
+def test_quantized_folders(precision, kind, tmp_path):
+    model = made(kind=kind)
+    out = export(model, tmp_path / "out", precision, tokenizer())
+    runtime = Runtime.load(out, threads=1)
+    for policy in ("full", [0, 0], [math.inf, 0]):
+        assert len(list(runtime.generate(prompt(), 12, policy=policy))) == 12
+    if precision == "int8":
+        ids = prompt(length=40)
+        nll = outcomes.judge(Folder(out), [ids[:10]], [ids[10:]])[1]
+        assert np.abs(nll - outcomes.judge(model, [ids[:10]], [ids[10:]])[1]).mean() < 0.1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_close_and_multiplied_as_stored(bits, tmp_path):
+    from adaptive.onnx_graph import FLOAT, Graph
+    from adaptive.recipes import Linear
+
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((48, 3 * BLOCK)).astype(np.float32)
+    weight[0] = 0
+    weight[1] = np.abs(weight[1]) + 1
+    stored = quantize(weight, bits)
+    back = restore(*stored, bits, weight.shape[1])
+    assert np.abs(back - weight).mean() < (0.1 if bits == 4 else 0.006) and not back[0].any()
+    graph = Graph(tmp_path / "g.onnx", bits, level=1)
+    graph.input("x", FLOAT, 2, weight.shape[1])
+    graph.output(graph.linear("x", Linear(weight)), "y", FLOAT, 2, 48)
+    graph.save()
+    x = generator.standard_normal((2, weight.shape[1])).astype(np.float32)
+    y = onnxruntime.InferenceSession(str(tmp_path / "g.onnx")).run(None, {"x": x})[0]
+    np.testing.assert_allclose(y, x @ back.T, atol=1e-4)
+    rows, scales = quantize_rows(weight)
+    assert np.abs(rows * scales[:, None] - weight).max() <= scales.max() / 2 + 1e-6
+
+
+def test_nothing_but_numpy_onnxruntime_and_tokenizers_is_needed(folder):
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'adaptive', 'onnx'): sys.modules[name] = None\n"
+        "sys.path.insert(0, sys.argv.pop(1))\nimport run\nsys.exit(run.main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-I", "-c", code, str(folder), "w3 w4 w5", "--max-new-tokens", "7", "--json"]
+    done = subprocess.run([*words, "--threads", "1"], capture_output=True, text=True, cwd=folder.parent, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ids"] == [token.id for token in Runtime.load(folder, 1).generate([3, 4, 5], 7)]
+    assert found["depths"] == [4] * 7 and found["relative_flops"] == 1.0 and found["tokens_per_second"] > 0
+
+
+def test_the_command_line(folder):
+    def run(*words, text=None):
+        environment = {**os.environ, "PYTHONPATH": ""}
+        return subprocess.run([sys.executable, str(folder / "run.py"), "--threads", "1", *words], capture_output=True,
+                              input=text, timeout=60, cwd=folder, env=environment)  # fmt: skip
+
+    done = run("w3 w4", "--stats", "--max-new-tokens", "5")
+    assert done.returncode == 0 and b"mean depth 4.0 of 4" in done.stderr
+    assert run("-", "--max-new-tokens", "5", text=b"w3 w4").stdout == done.stdout
+    for words, said in (
+        (["w1", "--policy", "some"], b"not one of full, certified, budget"),
+        (["w1", "--policy", "budget=0.5"], b"exported without a survey"),
+        (["w1", "--max-new-tokens", "500"], b"do not fit the context of 128"),
+        (["--chat", "hello"], b"no chat template"),
+        ([b"\xff\xfe"], b"not UTF-8"),
+        (["  "], b"the prompt is empty"),
+    ):
+        done = run(*words)
+        assert done.returncode == 1 and said in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    assert run("-", text=b"\xff").returncode == 1
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def test_mistakes_of_callers(folder):
+    runtime = Runtime.load(folder, threads=1)
+    for words, said in (
+        (dict(prompt=[]), "empty"),
+        (dict(prompt=[VOCAB]), "outside the vocabulary"),
+        (dict(prompt=[1], max_new_tokens=0), "at least 1"),
+        (dict(prompt=[1], temperature=-1), "0 or more"),
+        (dict(prompt=[1], policy=[0.5]), "1 thresholds, the model 2 exits"),
+        (dict(prompt="\udcff"), "not UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            runtime.generate(**words)
+
+
+def test_sampling(folder):
+    runtime = Runtime.load(folder, threads=1)
+
+    def sampled(**settings):
+        return [token.id for token in runtime.generate([5, 6], 30, **settings)]
+
+    assert sampled(temperature=1.0, seed=1) == sampled(temperature=1.0, seed=1) != sampled(temperature=1.0, seed=2)
+    assert sampled(temperature=1.0, top_p=1e-6, seed=1) == sampled()
+    step = next(iter(runtime.generate([5, 6], 1))).step
+    generator = np.random.default_rng(0)
+    drawn = np.bincount([step.pick(1.0, 1.0, generator) for _ in range(20000)], minlength=VOCAB) / 20000
+    expected = np.exp(step.logits - step.logits.max())
+    assert np.abs(drawn - expected / expected.sum()).max() < 0.02
+
+
+def test_many_threads_give_what_one_gives(folder):
+    runtime, policy = Runtime.load(folder, threads=1), [0.5, 0.5]
+
+    def answer(seed: int) -> list[tuple[int, int]]:
+        return [(token.id, token.depth) for token in runtime.generate(prompt(seed, 5 + seed % 7), 12, policy=policy)]
+
+    serial = [answer(seed) for seed in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(answer, range(60))) == serial
+    assert len({depth for tokens in serial for _, depth in tokens}) > 1
+
+
+def test_no_mutation_of_the_folder_goes_unnoticed(folder, tmp_path):
+    copied, generator = tmp_path / "out", np.random.default_rng(0)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    refused = 0
+    for number in range(200):
+        shutil.copytree(folder, copied)
+        path = copied / names[number % len(names)]
+        raw = bytearray(path.read_bytes())
+        kind = number // len(names) % 4
+        if kind == 0:
+            raw[generator.integers(len(raw))] ^= 1 << generator.integers(8)
+            path.write_bytes(raw)
+        elif kind == 1:
+            path.write_bytes(raw[: generator.integers(len(raw))])
+        elif kind == 2:
+            path.rename(copied / "elsewhere")
+        else:
+            path.write_bytes(raw.replace(b"0", b"1") if b"0" in raw else raw + b" ")
+        with pytest.raises(ValueError) as error:
+            Runtime.load(copied, threads=1)
+        refused += path.name in str(error.value) and len(str(error.value)) < 400
+        shutil.rmtree(copied)
+    assert refused == 200
+
+
+def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
+    from adaptive import sealed
+
+    with pytest.raises(ValueError, match="no readable manifest.json"):
+        Runtime.load(tmp_path)
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    monkeypatch.setattr(sealed, "FORMAT", sealed.FORMAT + 1)
+    sealed.seal(newer, {key: value for key, value in sealed.unseal(folder).items() if key not in ("format", "files")})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format 2, this runtime reads up to 1"):
+        Runtime.load(newer)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something that was not exported"):
+        export(made(), full, "fp32", tokenizer())
+
+
+def test_refusals_name_all_that_is_missing(tmp_path):
+    model = EarlyExitModel.from_backbone(tiny("gpt2"), ExitConfig(depths=[2]))
+    with pytest.raises(ValueError, match="'int3' is not one of .*; family `gpt2` has no exported form"):
+        export(model, tmp_path / "out", "int3", tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_certificate_is_of_the_folder(tmp_path):
+    model, asked = made(), [prompt(seed, 4 + seed % 5) for seed in range(24)]
+    settings = dict(prompts=asked[8:], selection=asked[:8], budget=0.9, max_new_tokens=10)
+    out = export(model, tmp_path / "out", "fp32", tokenizer(), calibrate=settings)
+    runtime, folder = Runtime.load(out, threads=1), Folder(out)
+    certificate = runtime.manifest["certificate"]
+    assert certificate["model_digest"] == folder.digest and "onnxruntime" in certificate["versions"]
+    assert f"at most {certificate['certified']:.4f}" in (out / "README.md").read_text()
+    assert any(token.depth < 4 for seed in range(5) for token in runtime.generate(prompt(seed), 20))
+    cheap = runtime.policy("budget=0.9")
+    assert isinstance(cheap, ExitPolicy)
+    # What calibration sees of the folder is what it sees of the model: answers, scores, regrets, the judge.
+    for probe in (False, True):
+        policy = ExitPolicy((math.inf,) * 2) if probe else cheap
+        ours, ours_trace = outcomes.answer(folder, asked, policy, 10, batch_size=5, probe=probe)
+        theirs, theirs_trace = outcomes.answer(model, asked, policy, 10, batch_size=5, probe=probe)
+        assert ours == theirs and np.array_equal(ours_trace.taken, theirs_trace.taken)
+        if probe:
+            np.testing.assert_allclose(ours_trace.regret, theirs_trace.regret, atol=1e-4)
+    for mine, torchs in zip(outcomes.judge(folder, asked, ours), outcomes.judge(model, asked, theirs)):
+        np.testing.assert_allclose(mine, torchs, atol=1e-4)
+
+
+def test_chat_templates_are_taken_apart_or_kept():
+    words = tokenizer()
+    assert chat_template(words) is None
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": " c\n"},
+    ]
+    words.chat_template = CHATML
+    pieces = chat_template(words)
+    assert set(pieces) == {"roles", "start", "answer"} and pieces["answer"] == "<assistant>"
+    for messages in (talk, talk[:1], [{"role": "system", "content": "s"}, *talk]):
+        assert Chat(pieces).render(messages) == words.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    words.chat_template = CHATML.replace("message['content']", "message['content'] | trim")
+    kept = chat_template(words)
+    assert "jinja" in kept and "c" in Chat(kept).render(talk)
+    with pytest.raises(ValueError, match="roles among"):
+        Chat(pieces).render([{"role": "robot", "content": "beep"}])
