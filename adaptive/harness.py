@@ -147,7 +147,7 @@ class AdaptiveLM(HFLM):
         if not isinstance(model, EarlyExitModel):
             model = EarlyExitModel.from_pretrained(pretrained, **({"dtype": dtype} if dtype else {}))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            accelerator = Accelerator()
+            accelerator = Accelerator(cpu=not torch.accelerator.is_available())
             device = str(accelerator.device)
         model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         tokenizer = kwargs.pop("tokenizer", None) or load_tokenizer(model)
