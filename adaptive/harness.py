@@ -36,6 +36,7 @@ from adaptive.storage import model_digest
 from adaptive.tally import Tally, oracle
 
 logger = logging.getLogger(__name__)
+ROOM = 2**28  # entries of attention masks in a batch: long windows are scored a few at a time
 ALLOWED = "full, exit=K, certified, risk=EPSILON, budget=SHARE, thresholds=A,B,... (inf: never leave)"
 
 
@@ -147,7 +148,7 @@ class AdaptiveLM(HFLM):
         if not isinstance(model, EarlyExitModel):
             model = EarlyExitModel.from_pretrained(pretrained, **({"dtype": dtype} if dtype else {}))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            accelerator = Accelerator()
+            accelerator = Accelerator(cpu=not torch.accelerator.is_available())
             device = str(accelerator.device)
         model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         tokenizer = kwargs.pop("tokenizer", None) or load_tokenizer(model)
@@ -231,7 +232,13 @@ class AdaptiveLM(HFLM):
             context, stem = max(ordered, key=lambda row: len(row[0]) + len(row[1]))
             longest = (None, list(context), [*stem, 0])
             size = self._detect_batch_size([longest], 0)
-        return [(start, size) for start in range(0, len(ordered), size or 1)]
+        start = 0
+        while start < len(ordered):
+            longest = max(len(context) + len(stem) for context, stem in ordered[start : start + size])
+            # Every lane of every policy has a mask of its own.
+            count = max(1, min(size, ROOM // (len(self.policies) * longest**2)))
+            yield start, count
+            start += count
 
     def _keep(self, requests: list[list[tuple]], texts: Sequence[Row], found: list[Scored]) -> None:
         for index, (group, text) in enumerate(zip(requests, texts)):
