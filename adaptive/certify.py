@@ -23,7 +23,7 @@ from adaptive.storage import model_digest
 
 logger = logging.getLogger(__name__)
 HARMS = ("regret", "disagreement", "sequence")
-CAUTION = 0.75  # aim for a bound this far below the risk: free generation drifts from the survey
+CAUTION = 0.9  # aim for a bound this far below the risk: free generation drifts from the survey
 SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
 RETREAT = 0.5  # the second attempt allows this share of the harm that the first one was promised
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ def _encode(prompt: Prompt, tokenizer) -> list[int]:
 def is_ids(prompt: Prompt) -> bool:
     """Returns whether a prompt is token ids already, so that no tokenizer is needed for it."""
     return not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], dict))
+
+
+def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
+    """Returns what each token adds to the text; a character of several tokens comes with its last one."""
+    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+    return [longer[len(text) :] for text, longer in pairwise(texts)]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ import platform
 import re
 import subprocess
 import time
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,7 +69,7 @@ from adaptive.config import ExitConfig
 from adaptive.data import digest
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy
-from adaptive.prompts import encode
+from adaptive.prompts import encode, pieces
 from adaptive.runs import put, write_json
 from adaptive.storage import model_digest
 
@@ -271,7 +271,7 @@ def frontier(report: dict) -> Figure:
     axes.set(ylim=(0, 1), yticks=ticks, yticklabels=ticks, xlabel="FLOPs per token, relative to full depth")
     axes.set(ylabel=f"mean harm ({report['harm']})", title=f"{Path(report['model']).name}: harm against FLOPs")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     return figure
 
 
@@ -286,10 +286,7 @@ def answer_shown(job: Job, points: dict) -> dict:
     shown = {"index": index, "prompt": job.tokenizer.decode(job.prompts[index]), "marks": marks, "answers": {}}
     for name in (FULL, best):
         ids = points[name]["answers"][index]
-        # What each token adds to the text; a character of several tokens comes with its last one.
-        texts = [job.tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
-        pieces = [longer[len(text) :] for text, longer in pairwise(texts)]
-        shown["answers"][name] = list(zip(pieces, points[name]["taken"][index], strict=True))
+        shown["answers"][name] = list(zip(pieces(job.tokenizer, ids), points[name]["taken"][index], strict=True))
     return shown
 
 

@@ -17,11 +17,12 @@ GRAPHS = ["recipes", "onnx_graph", "graphs"]
 # A file imports from rows above its own, and from files that stand before it in its row.
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
-    ["checked", "config", "policy", "costs", "calibration", "ranking", *RUNTIME],
+    ["checked", "config", "policy", "costs", "calibration", "ranking", "board", *RUNTIME],
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective", *GRAPHS],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "outcomes", "certify", "plain", "parts", "folder", "export"],
+    ["rows", "outcomes", "certify", "tally", "descent", "scoring", "provenance", "metrics", "probing"],
+    ["harness", "plain", "parts", "folder", "export"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 LIGHT = ROWS[1]  # these run where torch is not installed
