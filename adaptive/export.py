@@ -20,6 +20,7 @@ PARSER.add_argument("run", help="folder of a trained model")
 PARSER.add_argument("out", help="folder to write; must not hold anything else")
 PARSER.add_argument("--precision", choices=sorted(PRECISIONS), default="int4", help="of the weights; int4")
 PARSER.add_argument("--prompts", help='.json file of {"select": [...], "certify": [...]} to calibrate on')
+PARSER.add_argument("--certify", type=int, metavar="N", help="certify on the first N of these prompts; all")
 PARSER.add_argument("--risk", type=float, help="largest expected harm per token")
 PARSER.add_argument("--budget", type=float, help="FLOPs relative to full depth, instead of a risk")
 PARSER.add_argument("--max-new-tokens", type=int, help="length of the answers vouched for")
@@ -244,7 +245,9 @@ def main(args: argparse.Namespace) -> None:
         parts = json.loads(Path(args.prompts).read_text())
         if missing := {"select", "certify"} - set(parts):
             raise ValueError(f"--prompts {args.prompts} lacks {sorted(missing)}; it has {sorted(parts)}")
-        calibrate = {"prompts": parts["certify"], "selection": parts["select"]} | _asked(model.certificate, args)
+        calibrate = {"prompts": parts["certify"][: args.certify], "selection": parts["select"]} | _asked(
+            model.certificate, args
+        )
     elif args.risk is not None or args.budget is not None or args.max_new_tokens is not None:
         raise ValueError("--risk, --budget and --max-new-tokens are for calibrating: give --prompts, too")
     out = export(model, args.out, args.precision, calibrate=calibrate)
