@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) \
 		train/exits.py --config configs/demo.yaml --resume $(if $(TEXTS),--data $(RUN)/text/train.safetensors $(RUN)/text/local.safetensors)
 	$(BIN)/python train/calibrate.py --run $(RUN) --prompts $(PROMPTS) --config configs/demo_calibrate.yaml
-	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
+	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS) --speed_tokens 32
 	$(BIN)/python eval/harness.py --config configs/demo_scores.yaml
 	$(BIN)/python eval/leaderboard.py --results $(RUN)/scores --output $(RUN)/leaderboard
 
