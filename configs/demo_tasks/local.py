@@ -5,6 +5,9 @@ import re
 from pydoc_data import topics
 
 import datasets
+from transformers import AutoTokenizer
+
+from adaptive.pretrained import default_model
 
 PROMPTS = "runs/demo/text/prompts.json"
 
@@ -35,9 +38,14 @@ def last_words(**_):
 
 
 def report_prompts(**_):
-    """Returns the prompts that the run keeps for its report."""
+    """Returns the prompts that the run keeps for its report, in the chat template of the demo's model: the other tasks
+    here go without one."""
     with open(PROMPTS, encoding="utf-8") as file:
-        return {"test": datasets.Dataset.from_dict({"prompt": json.load(file)["report"]})}
+        prompts = json.load(file)["report"]
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return {"test": datasets.Dataset.from_dict({"prompt": texts})}
 
 
 def fresh_words(references, predictions):
