@@ -140,6 +140,8 @@ class Backbone:
         Args:
             hidden: state [batch, tokens, hidden] that the tokens left with.
         """
+        if first == last:
+            return
         if self.packs:
             self.packed = self.packed or PackedFill(self.blocks)
             for index, (keys, values) in enumerate(zip(*self.packed.project(hidden, calls, first, last), strict=True)):

@@ -10,6 +10,7 @@ Rows advance by different numbers of tokens; after a judgement they are aligned 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ class Row:
         index: in the batch.
         plan: how far it may draft.
         source: what it samples from; None for greedy.
+        processors: of logits, as they would be for the row alone.
         said: new ids that are certain.
         drafts, proposed: ids that wait for judgement, and the probabilities [vocabulary] they were drawn from.
         steps: columns of the walk's trace since the last judgement.
@@ -41,6 +43,7 @@ class Row:
     index: int
     plan: Drafting
     source: torch.Generator | None
+    processors: list
     said: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     proposed: list[Tensor] = field(default_factory=list)
@@ -64,7 +67,7 @@ class Speculation:
     """
 
     def __init__(self, walk: Walk, processors, criteria, config, sources, plans: list[Drafting], streamer=None):
-        self.walk, self.tokens, self.processors, self.criteria = walk, walk.tokens, processors, criteria
+        self.walk, self.tokens, self.criteria = walk, walk.tokens, criteria
         wanted = config.return_dict_in_generate
         self.keep_scores, self.keep_logits = wanted and config.output_scores, wanted and config.output_logits
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -72,7 +75,10 @@ class Speculation:
         self.streamer, self.streamed, self.prompt = streamer, 0, walk.tokens.ids
         self.most = config.max_length - self.prompt.shape[1]
         sources = sources or [None] * len(self.prompt)
-        self.rows = [Row(i, plan, source) for i, (plan, source) in enumerate(zip(plans, sources, strict=True))]
+        self.rows = [
+            Row(i, plan, source, _alone(processors, i))
+            for i, (plan, source) in enumerate(zip(plans, sources, strict=True))
+        ]
 
     def run(self) -> tuple[Tensor, tuple | None, tuple | None]:
         """Returns ids [batch, prompt + new], and per new token scores and logits [batch, vocabulary] if asked for."""
@@ -163,7 +169,7 @@ class Speculation:
         """
         drafts, first = row.drafts, self.tokens.length - len(row.drafts)
         scores = logits
-        if self.processors:
+        if row.processors:
             each = logits.clone() if self.keep_logits else logits
             scores = torch.cat([self._processed(row, first + i, each[i : i + 1]) for i in range(len(each))])
         if row.source is None:
@@ -186,7 +192,7 @@ class Speculation:
 
     def _processed(self, row: Row, length: int, logits: Tensor) -> Tensor:
         """Returns the scores [1, vocabulary] that the processors make of logits behind `length` columns."""
-        return self.processors(self.tokens.row(row.index, length), logits) if self.processors else logits
+        return row.processors(self.tokens.row(row.index, length), logits) if row.processors else logits
 
     def _ends(self, row: Row, length: int, token: int) -> bool:
         """Returns whether a token behind `length` columns ends the row."""
@@ -213,3 +219,13 @@ class Speculation:
         return tuple(
             torch.stack([values[i] if i < len(values) else none for values in kept]) for i in range(max(map(len, kept)))
         )
+
+
+def _alone(processors, row: int):
+    """Returns processors as they would be for one row alone: what transformers prepares per row is cut to it."""
+    out = copy.copy(processors)
+    for place, processor in enumerate(out):
+        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
+            out[place] = copy.copy(processor)
+            out[place].prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+    return out

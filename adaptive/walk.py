@@ -21,6 +21,8 @@ from adaptive.lanes import GROWTH, BlockLane, Cells, Lane, Tokens, gather
 from adaptive.losses import regret
 from adaptive.policy import EMPTY, ExitPolicy, Progress, Trace
 
+SHRINK = 0.75  # rows that ended are dropped from the K/V, a copy, once no more than this share is alive
+
 
 class Walk:
     """Walks the newest token of every live row down the chain of segments, and writes the trace of it.
@@ -83,7 +85,7 @@ class Walk:
         self._begin()
         # A first token that had to be verified would gain nothing by leaving: the full depth has run.
         due = np.full(len(self.members), self.strategy == "verify")
-        return self._finish(self._descend(states[0], due, states[1:]))
+        return self._finish(self._descend(states[0], due, states[1:]), self.members)
 
     def step(self, live: np.ndarray, due: np.ndarray | None = None) -> Tensor:
         """Runs the newest token of the rows `live`; returns logits [batch, vocabulary], 0 in other rows.
@@ -92,10 +94,11 @@ class Walk:
             live: rows of the batch; those left out have ended for good.
             due: [live] bool, who goes to the full depth without being asked; None for nobody.
         """
-        if len(live) < len(self.members):
+        # Tokens that wait would pile up in a row that has ended, so only `propagate` lets it walk along for a while.
+        if len(live) < len(self.members) * (SHRINK if self.strategy == "propagate" else 1):
             self._shrink(np.isin(self.members, live))
         hidden = self._begin()
-        return self._finish(self._descend(hidden, np.zeros(len(live), bool) if due is None else due))
+        return self._finish(self._descend(hidden, np.zeros(len(self.members), bool) if due is None else due), live)
 
     def rewind(self, row: int, end: int, by: int) -> None:
         """Forgets what followed the first `end` columns of a row of the K/V, and moves those to the right."""
@@ -140,13 +143,13 @@ class Walk:
         hidden, self.calls = self.backbone.start(*self.tokens.since(self.newest, self.members), self.kv)
         return hidden
 
-    def _finish(self, logits: Tensor) -> Tensor:
+    def _finish(self, logits: Tensor, live: np.ndarray) -> Tensor:
         """Writes the column of the trace, and returns logits [batch, vocabulary] from those of the members."""
-        batch, column = len(self.tokens.ids), {}
+        batch, column, alive = len(self.tokens.ids), {}, np.isin(self.members, live)
         self.blocks[self.members] += np.asarray(self.stops)[self.now["taken"]]
         for name, values in self.now.items():
             column[name] = np.full((batch, *values.shape[1:]), EMPTY.get(name, 0), values.dtype)
-            column[name][self.members] = values
+            column[name][live] = values[alive]
         self.columns.append(column)
         if len(self.members) == batch:
             return logits

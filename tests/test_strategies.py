@@ -14,6 +14,7 @@ from adaptive.config import ExitConfig
 from adaptive.kv import TrainingKV
 from adaptive.model import EarlyExitModel
 from adaptive.objective import exit_features, full_states
+from adaptive.policy import ExitPolicy
 
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt"]
 HEADS = [("linear", "own"), ("block", "own"), ("block", "shared")]
@@ -42,6 +43,13 @@ def middle(model, inputs, share=0.5):
     return [float(np.quantile(scores[..., index], 1 - share)) for index in range(scores.shape[-1])]
 
 
+class Turns(ExitPolicy):
+    """Every row takes the exits, and the full depth, in turn, two tokens at a time."""
+
+    def leaves(self, exit, scores, progress):
+        return progress.tokens // 2 % 3 == exit
+
+
 @pytest.fixture
 def generous(monkeypatch):
     """Drafting goes on though it does not pay."""
@@ -68,9 +76,9 @@ def test_verified_greedy_is_transformers_greedy(family, batch, head, kv, generou
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("head,kv", HEADS)
 def test_recomputed_logits_are_those_of_a_teacher_forced_pass(family, batch, head, kv):
-    model, thresholds = agreeing(family, head=head, head_kv=kv)
+    model, _ = agreeing(family, head=head, head_kv=kv)
     inputs, view = prompts(batch), model.view
-    out = generate(model, inputs, kv="recompute", policy=thresholds, output_logits=True, max_new_tokens=20)
+    out = generate(model, inputs, kv="recompute", policy=Turns((0.5, 0.5)), output_logits=True, max_new_tokens=20)
     mask = torch.cat([inputs["attention_mask"], torch.ones(batch, 20, dtype=torch.long)], dim=1)
     cache = TrainingKV(4)
     with torch.no_grad():
