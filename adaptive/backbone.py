@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.anatomy import find_blocks, find_decoder, find_norm, linear_size, linear_weights
-from adaptive.kv import KV, Filled
+from adaptive.kv import KV, Filled, PackedFill, alike
 
 _SWAP = threading.Lock()
 
@@ -25,11 +25,13 @@ _SWAP = threading.Lock()
 class _Recorder(nn.Module):
     """Stands in for a block while the model prepares its inputs: keeps the call, hands the state on."""
 
-    def __init__(self, block: nn.Module, calls: list, as_tuple: bool):
+    calls: list  # set while the list of blocks is swapped
+    as_tuple: bool
+
+    def __init__(self, block: nn.Module):
         super().__init__()
         # Past nn.Module's own bookkeeping: the block must not become a child of its stand-in.
         object.__setattr__(self, "_block", block)
-        self.calls, self.as_tuple = calls, as_tuple
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,29 +42,6 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args, **kwargs):
         self.calls.append((hidden, args, kwargs))
         return (hidden, None) if self.as_tuple else hidden
-
-
-def map_rows(value: Any, batch: int, pick) -> Any:
-    """Returns `value` with `pick` applied to every tensor in it whose first dimension is the batch."""
-    if isinstance(value, Tensor):
-        return pick(value) if value.dim() and value.shape[0] == batch else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_rows(item, batch, pick) for item in value)
-    if isinstance(value, dict):
-        return {key: map_rows(item, batch, pick) for key, item in value.items()}
-    return value
-
-
-def select_rows(calls: list, batch: int, rows: Tensor) -> list:
-    """Returns the recorded block calls of `batch` rows reduced to `rows` [kept]; equal tensors are picked once."""
-    seen: dict[int, Tensor] = {}
-
-    def pick(tensor: Tensor) -> Tensor:
-        if id(tensor) not in seen:
-            seen[id(tensor)] = tensor.index_select(0, rows)
-        return seen[id(tensor)]
-
-    return [map_rows(call, batch, pick) for call in calls]
 
 
 class Backbone:
@@ -85,6 +64,7 @@ class Backbone:
         self.parent, self.name = find_blocks(self.inner, self.num_layers, blocks)
         # Kept here, since the list in the model is swapped for stand-ins while another thread prepares its inputs.
         self.blocks: nn.ModuleList = self.parent._modules[self.name]
+        self.stand_ins = nn.ModuleList(_Recorder(block) for block in self.blocks)
         self.decoder = find_decoder(self.inner, self.blocks)
         self.head = self.inner.get_output_embeddings()
         if self.head is None:
@@ -93,6 +73,7 @@ class Backbone:
                 "with AutoModelForCausalLM"
             )
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.packs, self.packed = False, None
         self.norm, self.fill_weights, self.kv_shapes = self._probe()
 
     @property
@@ -159,6 +140,17 @@ class Backbone:
         Args:
             hidden: state [batch, tokens, hidden] that the tokens left with.
         """
+        if first == last:
+            return
+        if self.packs:
+            self.packed = self.packed or PackedFill(self.blocks)
+            for index, (keys, values) in enumerate(zip(*self.packed.project(hidden, calls, first, last), strict=True)):
+                cache.write(first + index, keys, values)
+            return
+        self._fill_apart(hidden, calls, first, last, cache)
+
+    def _fill_apart(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV) -> None:
+        """Runs each block until its K/V are written; most multiply W_Q before that, for nothing."""
         blocks = self.blocks
         cache.stop = True
         try:
@@ -249,14 +241,14 @@ class Backbone:
     @contextmanager
     def _recording(self, calls: list):
         # The list of blocks is swapped, not the blocks' forward: hooks of FSDP or accelerate stay on the real blocks.
-        blocks = self.blocks
-        stand_ins = nn.ModuleList(_Recorder(block, calls, self._as_tuple) for block in blocks)
         with _SWAP:
-            self.parent._modules[self.name] = stand_ins
+            for stand_in in self.stand_ins:
+                stand_in.calls, stand_in.as_tuple = calls, self._as_tuple
+            self.parent._modules[self.name] = self.stand_ins
             try:
                 yield
             finally:
-                self.parent._modules[self.name] = blocks
+                self.parent._modules[self.name] = self.blocks
 
     @torch.no_grad()
     def _probe(self) -> tuple[nn.Module, list[int], tuple[int, int, int]]:
@@ -329,9 +321,31 @@ class Backbone:
                 if linear_size(module) and not hasattr(module, "base_layer")
             ]
             try:
-                self.fill(hidden, calls, index, index + 1, cache)
+                self._fill_apart(hidden, calls, index, index + 1, cache)
             finally:
                 for handle in handles:
                     handle.remove()
             weights.append(sum(used))
+        self.packs = self._packs(hidden, calls, cache)
+        if self.packs:
+            weights = [
+                block.self_attn.k_proj.weight.numel() + block.self_attn.v_proj.weight.numel() for block in self.blocks
+            ]
         return weights
+
+    def _packs(self, hidden: Tensor, calls: list, cache: KV) -> bool:
+        """Returns whether one product gives the K/V that every block has just written, tried block by block."""
+        for index, block in enumerate(self.blocks):
+            try:
+                found = PackedFill(nn.ModuleList([block])).project(hidden, calls[index : index + 1], 0, 1)
+            except (AttributeError, KeyError, TypeError, RuntimeError):
+                return False
+            wanted = [buffer[index][:, :, : hidden.shape[1]] for buffer in (cache.keys, cache.values)]
+            if not all(map(alike, (part[0] for part in found), wanted)):
+                return False
+        return True
+
+    def refresh(self) -> None:
+        """Drops the packed projections if a weight has changed since they were made; called once per generation."""
+        if self.packed is not None and self.packed.key != PackedFill.stamp(self.blocks):
+            self.packed = None

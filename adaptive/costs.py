@@ -28,16 +28,19 @@ class Price:
     """What the tokens of a trace cost. Arrays are [rows, tokens] int, 0 where a row had ended.
 
     Attributes:
-        flops: of each token as decoded; the token that makes a block head catch up pays for the earlier ones.
+        flops: of each token as decoded; the token that takes waiting ones along, through blocks or a block head, pays
+            for them, and a token that was drafted in vain before pays for those drafts.
         full_flops: of the same tokens at the same contexts at full depth, with the full head and without gates.
         bytes: moved by each token as it was decoded, alone in its batch.
         full_bytes: moved by the same tokens at full depth.
         breakdown: FLOPs of all tokens by purpose: "blocks" (linear layers), "attention" (over the context), "fill" (K/V
             of skipped blocks), "gates", "heads" (of exits and of the full depth, vocabulary and block heads included),
-            "catch_up" (earlier tokens run through block heads).
-        saved: shares of all `full_flops`: "depth" (blocks not run, less fill), "shortlist" (vocabulary rows not read),
-            "overhead" (gates, what heads do before the vocabulary, heads that only gates read, catching up; never above
-            0). They add up to 1 - `relative_flops`.
+            "catch_up" (earlier tokens run through block heads), "waiting" (earlier tokens run through blocks that they
+            had left out), "rejected" (all that was done for drafts that followed a wrong one).
+        saved: shares of all `full_flops`: "depth" (blocks not run, less fill and what waiting tokens run later),
+            "shortlist" (vocabulary rows not read), "overhead" (gates, what heads do before the vocabulary, heads that
+            only gates read, block heads catching up, drafts judged and thrown away; never above 0). They add up to
+            1 - `relative_flops`.
     """
 
     flops: np.ndarray
@@ -83,35 +86,43 @@ class Costs:
                 f"the trace has exits {list(trace.exits)} of {trace.layers} blocks, these costs are for "
                 f"{list(depths)} of {layers}; price a trace with the costs of the model that made it"
             )
-        valid, context = trace.valid, np.where(trace.valid, trace.context, 0).astype(np.int64)
-        decoded = valid.copy()
-        decoded[:, 0] = False
-        parts, moved = self._chain(context, trace.depth, decoded)
-        full, full_moved = self._chain(context, np.full_like(trace.depth, layers), decoded)
-        on_exits, exits_moved = self._exits(trace, valid, context)
-
+        parts, moved = self._parts(trace)
+        valid = trace.valid
+        full, full_moved = self._full(trace)
         vocab = self.shape["vocab"]
-        last = trace.taken == len(self.exits)
-        parts |= on_exits
-        parts["heads"] = parts["heads"] + 2 * vocab * last
-        flops, full_flops = sum(parts.values()), sum(full.values()) + 2 * vocab * valid
-        breakdown = {name: int(part.sum()) for name, part in parts.items()}
+        full_flops = sum(full.values()) + 2 * vocab * valid
+        breakdown = {name: int(part.sum()) for name, part in parts.items()} | {"rejected": 0}
+        flops = sum(parts.values())
+        if trace.rejected is not None and trace.rejected.valid.any():
+            thrown, thrown_moved = self._parts(trace.rejected)
+            wasted = sum(thrown.values())
+            breakdown["rejected"] = int(wasted.sum())
+            # The pass with c tokens of context was a try at token c - prompt of its row.
+            place = np.minimum(trace.rejected.context - trace.prompt[:, None], valid.sum(axis=1)[:, None] - 1)
+            rows = np.broadcast_to(np.arange(len(place))[:, None], place.shape)
+            tried = trace.rejected.valid
+            np.add.at(flops, (rows[tried], place[tried]), wasted[tried])
+            np.add.at(moved, (rows[tried], place[tried]), thrown_moved[tried])
 
         total = int(full_flops.sum())
         taken_vocab = np.asarray([*(exit["vocab"] for exit in self.exits), vocab, 0])[trace.taken]
-        depth = sum(int(full[name].sum()) - breakdown[name] for name in full)
+        depth = sum(int(full[name].sum()) - breakdown[name] for name in full) - breakdown["waiting"]
         shortlist = 2 * int((vocab * valid - taken_vocab).sum())
         overhead = total - int(flops.sum()) - depth - shortlist
         saved = {"depth": depth / total, "shortlist": shortlist / total, "overhead": overhead / total}
         size = self.shape["bytes_per_weight"]
-        return Price(
-            flops,
-            full_flops,
-            size * (moved + exits_moved + vocab * last),
-            size * (full_moved + vocab * valid),
-            breakdown,
-            saved,
-        )
+        return Price(flops, full_flops, size * moved, size * (full_moved + vocab * valid), breakdown, saved)
+
+    def units(self) -> tuple[list[int], list[int], int]:
+        """Returns weights: of the blocks up to each exit from the one before, and up to full depth [exits + 1]; of each
+        exit's gate and head [exits]; and of the full depth's LM head."""
+        stops = [0, *(exit["depth"] for exit in self.exits), self.shape["layers"]]
+        blocks = [block["weights"] for block in self.shape["blocks"]]
+        heads = [
+            exit["gate"] + exit["head"] + exit["vocab"] + sum(block["weights"] for block in exit["blocks"])
+            for exit in self.exits
+        ]
+        return [sum(blocks[a:b]) for a, b in zip(stops, stops[1:], strict=False)], heads, self.shape["vocab"]
 
     def prefill_flops(self, prompt_tokens: int) -> int:
         """Returns the FLOPs of a prompt through all blocks; gates and heads belong to the first generated token."""
@@ -146,12 +157,48 @@ class Costs:
         flops[-1] += 2 * self.shape["vocab"]
         return flops
 
-    def _chain(self, context: np.ndarray, depth: np.ndarray, decoded: np.ndarray) -> tuple[dict, np.ndarray]:
-        """Returns FLOPs by purpose and numbers moved, of `depth` blocks run and the others filled where `decoded`."""
+    def _full(self, trace: Trace) -> tuple[dict, np.ndarray]:
+        """Returns FLOPs by purpose and numbers moved of the blocks, had every token of a trace gone through all."""
+        context = np.where(trace.valid, trace.context, 0).astype(np.int64)
+        return self._chain(context, np.full_like(trace.depth, self.shape["layers"]), context > trace.prompt[:, None])
+
+    def _parts(self, trace: Trace) -> tuple[dict, np.ndarray]:
+        """Returns FLOPs by purpose [rows, tokens] of all that a trace says, and numbers moved."""
+        valid, context = trace.valid, np.where(trace.valid, trace.context, 0).astype(np.int64)
+        decoded = context > trace.prompt[:, None]  # the first token is read off the prompt's last state
+        parts, moved = self._chain(context, trace.depth, decoded, trace.kv == "propagate")
+        on_exits, exits_moved = self._exits(trace, valid, context)
+        behind = np.zeros((*context.shape, len(self.exits)), np.int64) if trace.behind is None else trace.behind
+        waiting, waiting_moved = self._waiting(context, behind)
+        last, vocab = trace.taken == len(self.exits), self.shape["vocab"]
+        judged = behind[..., -1] if trace.kv == "verify" and self.exits else 0  # drafts that the LM head reads, too
+        on_exits["heads"] = on_exits["heads"] + 2 * vocab * last * (1 + judged)
+        return parts | on_exits | {"waiting": waiting}, moved + exits_moved + waiting_moved + vocab * last
+
+    def _waiting(self, context: np.ndarray, behind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns FLOPs and numbers moved of earlier tokens that ran along, `behind` [rows, tokens, exits] from each
+        exit to the next. They share the newest token's read of weights, and of K/V but for their windows' reach."""
+        flops, moved = np.zeros_like(context), np.zeros_like(context)
+        stops = [*(exit["depth"] for exit in self.exits), self.shape["layers"]]
+        for index, (first, last) in enumerate(zip(stops, stops[1:], strict=False)):
+            count = behind[..., index].astype(np.int64)
+            for block in self.shape["blocks"][first:last]:
+                before, window = np.maximum(context - 1, 0), block["window"]
+                attended = _seen_by_all(before, window) - _seen_by_all(np.maximum(before - count, 0), window)
+                flops += 2 * block["weights"] * count + 2 * block["attention"] * attended
+                reach = _seen(context, None if window is None else window + count) - _seen(context, window)
+                moved += block["kv"] * (count + reach)
+        return flops, moved
+
+    def _chain(
+        self, context: np.ndarray, depth: np.ndarray, decoded: np.ndarray, fills: bool = True
+    ) -> tuple[dict, np.ndarray]:
+        """Returns FLOPs by purpose and numbers moved, of `depth` blocks run and, if it `fills`, the others' K/V, where
+        `decoded`."""
         parts = {name: np.zeros_like(context) for name in ("blocks", "attention", "fill")}
         moved = np.zeros_like(context)
         for index, block in enumerate(self.shape["blocks"]):
-            ran, filled = decoded & (depth > index), decoded & (depth <= index)
+            ran, filled = decoded & (depth > index), decoded & (depth <= index) & fills
             seen = _seen(context, block["window"])
             parts["blocks"] += 2 * block["weights"] * ran
             parts["attention"] += 2 * block["attention"] * seen * ran

@@ -1,15 +1,17 @@
-"""Keys and values of every block, in buffers that are written in place: one column per token, rows aligned.
+"""Keys and values of every block, in buffers that are written in place: a column per token, rows aligned at the right.
 
-Batches are left-padded, so all rows fill the same column in a step; `frontier` questions become one integer. The class
-speaks the cache protocol of transformers 5 (`update`, `get_seq_length`, `get_mask_sizes`), which is all that blocks and
-mask builders use of it.
+Batches are left-padded, so that the newest token of every row is in the same column. Which columns a block has filled
+is kept elsewhere (`lanes.Lane`), here only where a pass writes: a rectangle of rows and columns, or scattered tokens.
+The class speaks the cache protocol of transformers 5 (`update`, `get_seq_length`, `get_mask_sizes`), which is all that
+blocks and mask builders use of it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 
@@ -23,6 +25,8 @@ class KV(Cache):
     Attributes:
         column: number of tokens before the ones being run; the next K/V are written from here.
         rows: indices [kept] of the rows being run, or None for all of them.
+        cells: None, or where tokens that form no rectangle are: rows [tokens], columns [tokens], and the columns
+            [tokens, column + 1] that each may see, its own last. Each is then a batch entry of its own.
         stop: leave each block after its K/V are written (raises `Filled`).
         keys, values: per block [batch, kv heads, capacity, head dim], or None before the first write.
     """
@@ -34,6 +38,7 @@ class KV(Cache):
         self.capacity = capacity
         self.column = 0
         self.rows: Tensor | None = None
+        self.cells: tuple[Tensor, Tensor, Tensor] | None = None
         self.batch = batch
         self.stop = False
 
@@ -41,22 +46,37 @@ class KV(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Writes K/V [rows, kv heads, tokens, head dim] at `column` and returns those of all tokens so far."""
-        end = self.column + key_states.shape[2]
-        if self.keys[layer_idx] is None or end > self.keys[layer_idx].shape[2]:
-            self._grow(layer_idx, key_states, value_states, end)
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if self.rows is None:
-            keys[:, :, self.column : end] = key_states
-            values[:, :, self.column : end] = value_states
-        else:
-            keys[self.rows, :, self.column : end] = key_states
-            values[self.rows, :, self.column : end] = value_states
+        if self.cells is not None:
+            self._reserve(layer_idx, key_states, value_states)
+            return self._scatter(self.keys[layer_idx], key_states), self._scatter(self.values[layer_idx], value_states)
+        self.write(layer_idx, key_states, value_states)
         if self.stop:
             raise Filled
-        keys, values = keys[:, :, :end], values[:, :, :end]
+        end = self.column + key_states.shape[2]
+        keys, values = self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
         if self.rows is not None:
             keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
         return keys, values
+
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes K/V [rows, kv heads, tokens, head dim] of a block at `column`."""
+        end = self._reserve(layer, key_states, value_states)
+        where = slice(None) if self.rows is None else self.rows
+        self.keys[layer][where, :, self.column : end] = key_states
+        self.values[layer][where, :, self.column : end] = value_states
+
+    def _reserve(self, layer: int, key_states: Tensor, value_states: Tensor) -> int:
+        end = self.column + key_states.shape[2]
+        if self.keys[layer] is None or end > self.keys[layer].shape[2]:
+            self._grow(layer, key_states, value_states, end)
+        return end
+
+    def _scatter(self, buffer: Tensor, states: Tensor) -> Tensor:
+        """Writes states [tokens, kv heads, 1, head dim] and returns what each token sees, aligned at the right, so that
+        to the block every one of them is the newest token of a left-padded row."""
+        rows, columns, seen = self.cells
+        buffer[rows, :, columns] = states[:, :, 0]
+        return buffer[rows[:, None], :, seen].transpose(1, 2)
 
     def _grow(self, layer: int, key_states: Tensor, value_states: Tensor, end: int) -> None:
         self.capacity = self.capacity if end <= self.capacity else 2 * end
@@ -71,6 +91,15 @@ class KV(Cache):
         self.batch = len(kept)
         self.keys = [None if keys is None else keys[kept] for keys in self.keys]
         self.values = [None if values is None else values[kept] for values in self.values]
+
+    def shift(self, row: int, by: int, end: int) -> None:
+        """Moves the first `end` columns of a row to the right; what they leave behind is padding."""
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            if keys is not None:
+                if end + by > keys.shape[2]:
+                    self._grow(layer, keys, values, end + by)
+                for buffer in (self.keys[layer], self.values[layer]):
+                    buffer[row, :, by : end + by] = buffer[row, :, :end].clone()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the number of tokens before the ones being run."""
@@ -134,3 +163,115 @@ def replace_cache(value: Any, old: KV, new: Any) -> Any:
     if isinstance(value, dict):
         return {key: replace_cache(item, old, new) for key, item in value.items()}
     return new if value is old else value
+
+
+def map_rows(value: Any, batch: int, pick) -> Any:
+    """Returns `value` with `pick` applied to every tensor in it whose first dimension is the batch."""
+    if isinstance(value, Tensor):
+        return pick(value) if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_rows(item, batch, pick) for item in value)
+    if isinstance(value, dict):
+        return {key: map_rows(item, batch, pick) for key, item in value.items()}
+    return value
+
+
+def select_rows(calls: list, batch: int, rows: Tensor) -> list:
+    """Returns the recorded block calls of `batch` rows reduced to `rows` [kept]; equal tensors are picked once."""
+    seen: dict[int, Tensor] = {}
+
+    def pick(tensor: Tensor) -> Tensor:
+        if id(tensor) not in seen:
+            seen[id(tensor)] = tensor.index_select(0, rows)
+        return seen[id(tensor)]
+
+    out, before = [], None
+    for call in calls:
+        # Most blocks are called with the very same objects: picking once per step instead of once per block.
+        same = before is not None and _leaves(call) == _leaves(before)
+        out.append(out[-1] if same else map_rows(call, batch, pick))
+        before = call
+    return out
+
+
+def _leaves(call: tuple) -> tuple:
+    """Returns which objects a block is called with."""
+    args, kwargs = call
+    return tuple(map(id, args)), tuple(kwargs), tuple(map(id, kwargs.values()))
+
+
+class PackedFill:
+    """Projects a state to the K/V of many blocks in one product: W_K and W_V stacked, the norms' weights folded in.
+
+    For blocks with K = rotary(k_norm(W_K norm(x))) and V = W_V norm(x), where the norms divide by the root mean square.
+    Whether a block is one of these is not known from its names but tried (`Backbone._probe`).
+
+    Args:
+        blocks: all blocks; `AttributeError` or `TypeError` if they have no such parts.
+    """
+
+    def __init__(self, blocks: nn.ModuleList):
+        parts = [(b.input_layernorm, b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks]
+        if any(type(layer) is not nn.Linear for _, *layers in parts for layer in layers):
+            raise TypeError("adapted or quantized projections")
+        self.key = self.stamp(blocks)
+        self.head_dim, self.eps = blocks[0].self_attn.head_dim, _epsilon(parts[0][0])
+        weights, biases = [], []
+        for norm, *layers in parts:
+            gain = _gain(norm, layers[0].in_features, layers[0].weight)
+            weights += [(layer.weight.float() * gain).to(layer.weight.dtype) for layer in layers]
+            biases += [layer.bias for layer in layers if layer.bias is not None]
+        self.weight = torch.stack(weights).unflatten(0, (len(blocks), 2))
+        self.bias = torch.stack(biases).unflatten(0, (len(blocks), 2)) if biases else None
+        norms = [getattr(block.self_attn, "k_norm", None) for block in blocks]
+        self.k_gain = None
+        if norms[0] is not None:
+            self.k_gain = torch.stack([_gain(norm, self.head_dim, self.weight) for norm in norms])
+
+    @staticmethod
+    def stamp(blocks: nn.ModuleList) -> tuple:
+        """Returns what changes when a weight that is packed does."""
+        names = ("input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+        return tuple((w.data_ptr(), w._version) for b in blocks for w in map(b.get_parameter, names))
+
+    def project(self, state: Tensor, calls: list, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Returns K and V [blocks, rows, kv heads, tokens, head dim] of blocks first..last-1 for a state [rows, tokens,
+        hidden], at the positions that their `calls` were recorded for."""
+        normed = _normed(state, self.eps).to(self.weight.dtype)
+        bias = None if self.bias is None else self.bias[first:last].flatten()
+        out = nn.functional.linear(normed, self.weight[first:last].flatten(0, 2), bias)
+        out = out.unflatten(-1, (last - first, 2, -1, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
+        keys, values = out[:, 0], out[:, 1]
+        if self.k_gain is not None:
+            keys = (_normed(keys, self.eps) * self.k_gain[first:last, None, None, None]).to(values.dtype)
+        angles = [call[1]["position_embeddings"] for call in calls[first:last]]
+        if all(pair[0] is angles[0][0] for pair in angles):
+            cos, sin = (part[None, :, None] for part in angles[0])
+        else:
+            cos, sin = (torch.stack(parts)[:, :, None] for parts in zip(*angles, strict=True))
+        half = self.head_dim // 2
+        turned = torch.cat([-keys[..., half:], keys[..., :half]], dim=-1)
+        return keys * cos + turned * sin, values
+
+
+def _normed(state: Tensor, eps: float) -> Tensor:
+    state = state.float()
+    return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + eps)
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6))
+
+
+def _gain(norm: nn.Module, size: int, like: Tensor) -> Tensor:
+    """Returns what a norm multiplies each of `size` entries by, float32: some keep it as a difference from 1."""
+    ones = torch.ones(1, size, dtype=like.dtype, device=like.device)
+    return norm(ones)[0].float() * (1 + _epsilon(norm)) ** 0.5
+
+
+def alike(got: Tensor, wanted: Tensor) -> bool:
+    """Returns whether two tensors differ by no more than rounding in their type."""
+    if got.shape != wanted.shape:
+        return False
+    limit = 1e-4 if wanted.dtype == torch.float32 else 2e-2
+    return bool((got.float() - wanted.float()).abs().max() <= limit * wanted.float().abs().max())

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has become of some rows so far, for policies that look back.
+
+    Attributes:
+        depths: of the exits, shallowest first, and of the full model.
+        tokens: [rows] tokens that each row has generated.
+        blocks: [rows] blocks that it was let out behind, summed over them.
+    """
+
+    depths: tuple[int, ...]
+    tokens: np.ndarray
+    blocks: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,14 @@ class ExitPolicy:
         """Returns whether the gate of `exit` can let anything out."""
         return self.thresholds[exit] != math.inf
 
-    def leaves(self, exit: int, scores):
-        """Returns a boolean array or tensor: which of `scores` let their token out at `exit`."""
+    def leaves(self, exit: int, scores: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+        """Returns which of `scores` [rows] let their token out at `exit`, [rows] bool.
+
+        Args:
+            exit: index of the exit.
+            scores: what its gate said.
+            progress: of the rows so far; thresholds alone do not need it.
+        """
         return scores >= self.thresholds[exit]
 
     def choose(self, scores: np.ndarray) -> np.ndarray:
@@ -53,6 +74,61 @@ class ExitPolicy:
         depth."""
         out = scores >= np.asarray(self.thresholds)
         return np.where(out.any(axis=1), out.argmax(axis=1), len(self.thresholds))
+
+
+@dataclass(frozen=True)
+class DecayingPolicy(ExitPolicy):
+    """Careful at first, bolder later: a threshold t becomes clip(0.9 t + 0.1 exp(-rate i / length), 0, 1) at token i
+    (the decaying threshold of CALM, Schuster et al. 2022): all later tokens follow an early error.
+
+    Attributes:
+        rate: how fast thresholds fall; CALM uses 4.
+        length: of an answer, in tokens.
+    """
+
+    rate: float = 4.0
+    length: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rate >= 0 or self.length < 1:
+            raise ValueError(f"`rate`={self.rate}, `length`={self.length}: give a rate >= 0 and a length >= 1")
+
+    def leaves(self, exit: int, scores: np.ndarray, progress: Progress) -> np.ndarray:
+        """Returns which of `scores` [rows] let their token out at `exit`, [rows] bool."""
+        extra = 0.1 * np.exp(-self.rate * progress.tokens / self.length)
+        return scores >= np.clip(0.9 * self.thresholds[exit] + extra, 0, 1)
+
+
+@dataclass(frozen=True)
+class BudgetPolicy(ExitPolicy):
+    """Thresholds, and for each request a mean depth that is never exceeded: a token that could take its row above it
+    leaves, whatever its score.
+
+    Attributes:
+        mean_depth: blocks per generated token, at most; at least the depth of the first open exit.
+    """
+
+    mean_depth: float = math.inf
+
+    def leaves(self, exit: int, scores: np.ndarray, progress: Progress) -> np.ndarray:
+        """Returns which of `scores` [rows] let their token out at `exit`, [rows] bool.
+
+        Raises:
+            ValueError: not even leaving at the first open exit keeps to the budget.
+        """
+        is_open = [index for index in range(len(self.thresholds)) if self.asks(index)]
+        if progress.depths[is_open[0]] > self.mean_depth:
+            raise ValueError(
+                f"`mean_depth`={self.mean_depth}: the first open exit is at depth {progress.depths[is_open[0]]}; allow "
+                "at least that, or open an earlier one"
+            )
+        # Going on, a token comes as far as the next open exit, where it can be let out again.
+        further = progress.depths[next((index for index in is_open if index > exit), len(self.thresholds))]
+        return (scores >= self.thresholds[exit]) | (progress.blocks + further > self.mean_depth * (progress.tokens + 1))
+
+
+EMPTY = {"taken": -1, "scores": np.nan, "regret": np.nan}  # of a row that had ended; 0 for all else
 
 
 @dataclass
@@ -66,10 +142,16 @@ class Trace:
         scores: [rows, tokens, exits] float, what each gate said; NaN where it was not asked.
         context: [rows, tokens] int, tokens attended to, the token's own included.
         headed: [rows, tokens, exits] bool, whether the head of that exit was evaluated.
-        caught_up: [rows, tokens, exits] int, states of earlier tokens run through a block head to fill its own K/V.
+        caught_up: [rows, tokens, exits] int, tokens run through a block head with K/V of its own, this one included.
         prompt: [rows] int, prompt tokens (prefilled at full depth).
         regret: [rows, tokens, exits] float, nats the full model would lose by taking each exit's token; None
-        unless probed.
+            unless probed.
+        behind: [rows, tokens, exits] int, earlier tokens of the row that had waited at that exit, and ran with this one
+            through the blocks from there to the next exit; None (for 0) where nothing waits.
+        kv: what became of the blocks beyond an exit: "propagate", "recompute" or "verify".
+        accepted: [rows, tokens] bool, False where the full model put another token in place of a draft; None unless
+            `kv` is "verify". Drafts are the tokens that were let out at an exit.
+        rejected: what was done for drafts that followed a wrong one, and thrown away; None unless `kv` is "verify".
     """
 
     exits: tuple[int, ...]
@@ -81,6 +163,10 @@ class Trace:
     caught_up: np.ndarray
     prompt: np.ndarray
     regret: np.ndarray | None = None
+    behind: np.ndarray | None = None
+    kv: str = "propagate"
+    accepted: np.ndarray | None = None
+    rejected: Trace | None = None
 
     @property
     def depth(self) -> np.ndarray:
@@ -94,8 +180,13 @@ class Trace:
         return self.taken >= 0
 
     @property
+    def drafted(self) -> np.ndarray:
+        """Which tokens were let out at an exit, [rows, tokens] bool."""
+        return self.valid & (self.taken < len(self.exits))
+
+    @property
     def mean_depth(self) -> float:
-        """Mean depth over all generated tokens, in blocks."""
+        """Mean depth over all generated tokens, in blocks; under "verify", of the drafts before they were judged."""
         return float(self.depth[self.valid].mean())
 
     @property
@@ -104,29 +195,46 @@ class Trace:
         taken = self.taken[self.valid]
         return [float((taken == index).mean()) for index in range(len(self.exits) + 1)]
 
+    @property
+    def acceptance(self) -> float:
+        """Share of the judged drafts that the full model kept ("verify"); NaN where nothing was drafted."""
+        return float(self.accepted[self.drafted].mean()) if self.drafted.any() else math.nan
+
+    def picked(self, mask: np.ndarray) -> Trace:
+        """Returns the entries where `mask` [rows, tokens], each row's moved together at its left."""
+        counts = mask.sum(axis=1)
+        order = np.argsort(~mask, axis=1, kind="stable")[:, : max(1, counts.max())]
+        tail = np.arange(order.shape[1]) >= counts[:, None]
+
+        def pick(name: str) -> np.ndarray | None:
+            if (array := getattr(self, name)) is None:
+                return None
+            out = np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 2)), axis=1)
+            out[tail] = EMPTY.get(name, 0)
+            return out
+
+        return replace(self, **{name: pick(name) for name in ENTRIES}, rejected=None)
+
     @classmethod
     def join(cls, traces: Sequence[Trace]) -> Trace:
         """Returns one trace holding the rows of several, padded to the longest."""
         longest = max(trace.taken.shape[1] for trace in traces)
 
-        def stack(name: str, empty) -> np.ndarray:
+        def stack(name: str) -> np.ndarray | None:
             arrays = [getattr(trace, name) for trace in traces]
-            return np.concatenate(
-                [
-                    np.pad(a, [(0, 0), (0, longest - a.shape[1])] + [(0, 0)] * (a.ndim - 2), constant_values=empty)
-                    for a in arrays
-                ]
-            )
+            if any(array is None for array in arrays):
+                return None
+            widths = [[(0, 0), (0, longest - a.shape[1])] + [(0, 0)] * (a.ndim - 2) for a in arrays]
+            empty = EMPTY.get(name, 0)
+            return np.concatenate([np.pad(a, w, constant_values=empty) for a, w in zip(arrays, widths, strict=True)])
 
-        first = traces[0]
-        return cls(
-            first.exits,
-            first.layers,
-            stack("taken", -1),
-            stack("scores", np.nan),
-            stack("context", 0),
-            stack("headed", False),
-            stack("caught_up", 0),
-            np.concatenate([t.prompt for t in traces]),
-            None if first.regret is None else stack("regret", np.nan),
+        thrown = [trace.rejected for trace in traces]
+        return replace(
+            traces[0],
+            **{name: stack(name) for name in ENTRIES},
+            prompt=np.concatenate([trace.prompt for trace in traces]),
+            rejected=None if None in thrown else cls.join(thrown),
         )
+
+
+ENTRIES = ("taken", "scores", "context", "headed", "caught_up", "regret", "behind", "accepted")

@@ -71,14 +71,8 @@ if __name__ == "__main__":
 
 import itertools
 import json
-import os
-import platform
-import re
-import shlex
-import subprocess
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from timeit import timeit
@@ -88,15 +82,13 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
-import adaptive
 from adaptive.config import ExitConfig, LossConfig
+from adaptive.measure import Allocations, interleaved, spread
 from adaptive.model import EarlyExitModel
-from adaptive.policy import ExitPolicy, Trace
+from adaptive.policy import ExitPolicy, Progress, Trace
 from adaptive.pretrained import resolve
+from adaptive.provenance import provenance
 from adaptive.runs import write_json
 from adaptive.storage import CONFIG as EXIT_CONFIG
 
@@ -115,7 +107,8 @@ def main(config: SpeedConfig) -> dict:
     room, wanted = plain.view.max_context or sys.maxsize, config.prompt_tokens + config.new_tokens
     if "decode" in config.what and wanted > room:
         raise ValueError(f"`prompt_tokens` + `new_tokens` is {wanted}, the model's context {room}; lower one of them")
-    document = {"provenance": provenance(config, device), "config": asdict(config)}
+    source = {name: getattr(config, name) for name in ("model", "seed", "dtype")}
+    document = {"provenance": provenance() | source, "config": asdict(config)}
     if "train" in config.what:
         document["train"] = time_training(config, trained or plain)
     if "decode" in config.what:
@@ -146,44 +139,6 @@ def written(model: EarlyExitModel, rows: int, tokens: int, seed: int) -> Tensor:
     full, more = ExitPolicy.full(model.num_exits), tokens - 1
     return model.generate(start, attention_mask=torch.ones_like(start), policy=full, seed=seed, do_sample=True,
                           temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=more, min_new_tokens=more)
-
-
-def interleaved(runs: dict[str, Callable], rounds: int, title: str) -> dict[str, list]:
-    """Returns what each of `runs` returned, once per round; every round begins with another one."""
-    names, found = list(runs), {name: [] for name in runs}
-    for turn in tqdm(range(rounds), desc=title):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(runs[name]())
-    return found
-
-
-def spread(values: Sequence[float], to: Sequence[float] | None = None) -> dict[str, float]:
-    """Returns median, smallest and largest of `values`, or of their ratios to `to`, round by round."""
-    ratios = [float(f"{a / b:.5g}") for a, b in zip(values, to or [1.0] * len(values), strict=True)]
-    return {"median": float(np.median(ratios)), "min": min(ratios), "max": max(ratios)}
-
-
-class Allocations(TorchDispatchMode):
-    """Follows the tensors that operations return, not what kernels use inside: `largest`, numbers in the largest one;
-    `alive`, bytes of those that are still there; `peak`, the most that this ever was."""
-
-    largest = alive = peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        # Views, and what is changed in place, share the storage of something given.
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in known:
-                self.largest = max(self.largest, tensor.numel())
-                self._count(storage.nbytes())
-                weakref.finalize(storage, self._count, -storage.nbytes())
-        return out
-
-    def _count(self, num_bytes: int) -> None:
-        self.alive += num_bytes
-        self.peak = max(self.peak, self.alive)
 
 
 def time_training(config: SpeedConfig, model: EarlyExitModel) -> dict:
@@ -233,8 +188,7 @@ def time_training(config: SpeedConfig, model: EarlyExitModel) -> dict:
 
 @dataclass(frozen=True)
 class Forced(ExitPolicy):
-    """Lets a fixed share of tokens leave at the one exit that is open, whatever the gate says. Good for one call of
-    `generate` in which no row ends early: tokens are counted by how often the policy is asked.
+    """Lets a fixed share of tokens leave at the one exit that is open, whatever the gate says, where no row ends early.
 
     Attributes:
         percent: share of the tokens that leave.
@@ -243,11 +197,10 @@ class Forced(ExitPolicy):
 
     percent: int = 0
     together: bool = False
-    clock: Iterator[int] = field(default_factory=itertools.count)
 
-    def leaves(self, exit: int, scores: np.ndarray) -> np.ndarray:
+    def leaves(self, exit: int, scores: np.ndarray, progress: Progress) -> np.ndarray:
         """Returns who leaves, [rows] bool; each row's share is spread evenly over its tokens."""
-        turn = next(self.clock) + (not self.together) * np.arange(len(scores))
+        turn = progress.tokens + (not self.together) * np.arange(len(scores))
         return (turn + 1) * self.percent // 100 > turn * self.percent // 100
 
 
@@ -275,24 +228,55 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
         finally:
             shape.num_hidden_layers = layers  # an early exit that fails leaves its own number there
 
-    def ours(streamer, model: EarlyExitModel, policy: Callable) -> tuple[Tensor, Trace]:
-        out = model.generate(**settings, policy=policy(), streamer=streamer, return_dict_in_generate=True)
+    def ours(streamer, model: EarlyExitModel, policy: ExitPolicy, kv: str = "propagate") -> tuple[Tensor, Trace]:
+        out = model.generate(**settings, policy=policy, kv=kv, streamer=streamer, return_dict_in_generate=True)
         return out.sequences, out.trace
+
+    def peer(streamer, technique: str, threshold: float) -> tuple[Tensor, None]:
+        said = economized(plain, technique, threshold).decode_batch(prompts, config.new_tokens)
+        ids = torch.cat([prompts, torch.stack([row.tokens for row in said]).to(prompts.device)], dim=1)
+        if streamer is not None:  # it knows none: all comes at once, prefill included
+            streamer.put(prompts)
+            streamer.put(ids[:, prompts.shape[1] :])
+        return ids, None
 
     static = {"cache_implementation": "static", "compile_config": compiling, "disable_compile": not config.compile}
     found = {
         "hf_dynamic": theirs,
         "hf_static": partial(theirs, **static),
         "hf_assistant_early_exit": partial(theirs, assistant_early_exit=plain.depths[0]),
-        "full_depth": partial(ours, model=plain, policy=partial(ExitPolicy.full, plain.num_exits)),
+        "economize_calm_nobody_leaves": partial(peer, technique="calm", threshold=1.0),
+        "economize_calm_all_leave": partial(peer, technique="calm", threshold=0.0),
+        "economize_early_exit": partial(peer, technique="early_exit", threshold=0.0),
+        "full_depth": partial(ours, model=plain, policy=ExitPolicy.full(plain.num_exits)),
     }
     orders = {"": False} if len(prompts) == 1 else {"": False, "_together": True}
     for index, share, order in itertools.product(range(plain.num_exits), config.shares, orders):
-        one = partial(Forced, ExitPolicy.always(index, plain.num_exits).thresholds, share, orders[order])
-        found[f"forced_{share}_at_{plain.depths[index]}{order}"] = partial(ours, model=plain, policy=one)
-    if trained is not None and trained.certificate is not None:
-        found["certified"] = partial(ours, model=trained, policy=lambda: trained.policy)
+        one = Forced(ExitPolicy.always(index, plain.num_exits).thresholds, share, orders[order])
+        for kv in ("propagate",) if order else ("propagate", "recompute"):
+            name = f"forced_{share}_at_{plain.depths[index]}{order}" + "_recompute" * (kv == "recompute")
+            found[name] = partial(ours, model=plain, policy=one, kv=kv)
+    if trained is not None:
+        if trained.certificate is not None:
+            found["certified"] = partial(ours, model=trained, policy=trained.policy)
+            found["verified_certified"] = partial(ours, model=trained, policy=trained.policy, kv="verify")
+        for index, depth in enumerate(trained.depths):
+            always = ExitPolicy.always(index, trained.num_exits)
+            found[f"verified_all_at_{depth}"] = partial(ours, model=trained, policy=always, kv="verify")
     return found
+
+
+@cache
+def economized(plain: EarlyExitModel, technique: str, threshold: float):
+    """Returns the backbone as the peer `economize` runs it, untrained: leaving at L/3 where a score is above the
+    threshold, or drafting there."""
+    import economize
+    from economize.techniques.dynamic_depth import CalmConfig
+    from economize.techniques.early_exit import EarlyExitConfig
+
+    calm = CalmConfig(confidence="classifier", min_layer=plain.depths[0], threshold=threshold)
+    chosen = calm if technique == "calm" else EarlyExitConfig(exit_layer=plain.depths[0], head="shared")
+    return economize.apply(plain.backbone, chosen)
 
 
 def time_decoding(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel | None, prompts: Tensor) -> dict:
@@ -320,7 +304,7 @@ def time_decoding(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExit
             entry[f"{kind}tokens_per_second"] = spread(values)
             entry |= {f"{kind}over_{other}": spread(values, timed[other][kind]) for other in REFERENCES}
         if (trace := traces[name]) is not None:
-            price = (trained if name == "certified" else plain).costs.price(trace)
+            price = running[name].keywords["model"].costs.price(trace)
             ideal = {"bytes_batch_1": 1 / price.relative_bytes, "flops": 1 / price.relative_flops}
             realised = {kind: entry["decode_over_full_depth"]["median"] / value for kind, value in ideal.items()}
             entry |= {"exits": list(trace.exits), "shares": trace.shares, "ideal": ideal, "realised_of_ideal": realised}
@@ -329,20 +313,6 @@ def time_decoding(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExit
     equal = bool(torch.equal(said["full_depth"], said["hf_dynamic"]))
     print(f"batch {len(prompts)}: full depth gives the tokens of HF: {equal}")
     return {"batch": len(prompts), "full_depth_equals_hf": equal, "engines": found + refused}
-
-
-def provenance(config: SpeedConfig, device: torch.device) -> dict:
-    """Returns what made the figures, and on what machine."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.findall(r"model name\s*: (.*)", info) or [platform.processor()]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[0]
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "adaptive": adaptive.__version__}
-    return {"command": shlex.join(["python", *sys.argv]), "commit": commit or None, "model": config.model,
-            "seed": config.seed, "threads": torch.get_num_threads(), "dtype": config.dtype, "versions": versions,
-            "machine": {"kind": device.type, "name": name, "cpu": cpu[0], "cores": os.cpu_count()}}
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def test_a_token_at_full_depth_one_that_left_and_a_row_that_ended():
         "gates": 20,
         "heads": 800 + 174 + 800,
         "catch_up": 0,
+        "waiting": 0,
+        "rejected": 0,
     }
     assert sum(price.breakdown.values()) == price.flops.sum()
     assert price.relative_flops == price.flops.sum() / price.full_flops.sum()
@@ -267,9 +269,13 @@ def generate(model: EarlyExitModel, **kwargs) -> tuple[Trace, int]:
 def priced(model: EarlyExitModel, trace: Trace) -> int:
     """FLOPs of a whole generation, those that eager attention throws away included."""
     costs = windowless(model.costs)
-    wasted = masked(PROMPT, costs.shape["blocks"])
-    for index, exit in enumerate(costs.exits):
-        wasted += sum(masked(int(columns), exit["blocks"]) for columns in trace.caught_up[0, :, index])
+    blocks, stops = costs.shape["blocks"], [*trace.exits, trace.layers]
+    wasted = masked(PROMPT, blocks)
+    for part in [trace] if trace.rejected is None else [trace, trace.rejected]:
+        for index, exit in enumerate(costs.exits):
+            wasted += sum(masked(int(columns), exit["blocks"]) for columns in part.caught_up[0, :, index])
+            segment = blocks[stops[index] : stops[index + 1]]
+            wasted += sum(masked(int(count) + 1, segment) for count in part.behind[0, :, index])
     return costs.prefill_flops(PROMPT) + int(costs.price(trace).flops.sum()) + wasted
 
 
@@ -285,3 +291,19 @@ def test_a_whole_generation(family, heads):
         assert priced(model, trace) == counted
         taken |= set(trace.taken[0].tolist())
     assert len(taken) >= 3, "tokens should leave at different exits here"
+
+
+@pytest.mark.parametrize("kv", ["recompute", "verify"])
+@pytest.mark.parametrize(("family", "heads"), CASES)
+def test_a_whole_generation_in_which_tokens_wait(family, heads, kv, monkeypatch):
+    monkeypatch.setattr("adaptive.drafting.Drafting._best", lambda self: 4)
+    model = eager(family, **HEADS[heads])
+    probe = generate(model, probe=True)[0]
+    middle = [float(np.quantile(probe.scores[0, :, index], 0.6)) for index in range(3)]
+    waited = thrown = 0
+    for thresholds in (middle, [middle[0], None, None], [None, middle[1], 0.0], [0.0, None, 0.0]):
+        trace, counted = generate(model, policy=thresholds, kv=kv)
+        assert priced(model, trace) == counted
+        waited += trace.behind.sum()
+        thrown += 0 if trace.rejected is None else trace.rejected.valid.sum()
+    assert waited and (kv == "recompute" or thrown), "some tokens should wait here, and some drafts be thrown away"

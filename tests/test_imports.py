@@ -17,11 +17,11 @@ GRAPHS = ["recipes", "onnx_graph", "graphs"]
 # A file imports from rows above its own, and from files that stand before it in its row.
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
-    ["checked", "config", "policy", "costs", "calibration", "ranking", "board", *RUNTIME],
+    ["checked", "config", "policy", "costs", "calibration", "ranking", "drafting", "board", *RUNTIME],
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective", *GRAPHS],
-    ["lanes", "decoding"],
+    ["lanes", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "outcomes", "certify", "tally", "descent", "scoring", "provenance", "metrics", "probing"],
+    ["rows", "measure", "outcomes", "certify", "tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness", "plain", "parts", "folder", "export"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}

@@ -28,7 +28,8 @@ def with_exits(family, depths=(1, 3), seed=0, **config):
 
 
 def generate(model, inputs, **kwargs):
-    return model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True, **{"do_sample": False, **kwargs})
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    return model.generate(**inputs, **settings | kwargs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -230,11 +231,11 @@ def test_bad_requests_are_refused_in_one_error():
 
 def test_sampling_follows_the_probabilities():
     """Chi-square over 4,000 rows, each with a generator of its own; entries of probability 0 are never drawn."""
-    from adaptive.decoding import _generators, _pick
+    from adaptive.sampling import generators, pick
 
     scores = torch.tensor([0.0, -1.0, -torch.inf, 2.0, 0.5, -torch.inf])
     rows = torch.zeros(4000, 1, dtype=torch.long)
-    chosen = _pick(scores.expand(len(rows), -1), _generators(7, rows), np.arange(len(rows)))
+    chosen = pick(scores.expand(len(rows), -1), generators(7, rows), np.arange(len(rows)))
     counts, expected = torch.bincount(chosen, minlength=6), scores.softmax(0) * len(rows)
     likely = expected > 0
     assert (counts[~likely] == 0).all()

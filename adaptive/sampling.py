@@ -1,0 +1,59 @@
+"""Drawing tokens: every row from a generator of its own, so that what it says does not depend on its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generators(seed: int | None, input_ids: Tensor) -> list[torch.Generator]:
+    """Returns one generator per row of input_ids [batch, tokens]; row r's is seeded with seed + r."""
+    base = int(torch.randint(2**62, ())) if seed is None else seed
+    return [torch.Generator(input_ids.device).manual_seed(base + row) for row in range(len(input_ids))]
+
+
+def pick(scores: Tensor, sources: list | None, live: Sequence[int]) -> Tensor:
+    """Returns the next ids [rows] for scores [rows, vocabulary]: the best, or one sampled per live row."""
+    if sources is None:
+        return scores.argmax(-1)
+    return draw(scores.float().softmax(-1), sources, live)
+
+
+def draw(probabilities: Tensor, sources: list[torch.Generator], live: Sequence[int]) -> Tensor:
+    """Returns ids [rows] drawn from probabilities [rows, vocabulary], which need not add up to 1."""
+    # One draw per row from its own generator, turned into an id by the inverse of the cumulated probabilities: the
+    # work over the vocabulary is done for all rows at once.
+    cumulated = probabilities.cumsum(-1)
+    draws = cumulated.new_zeros(len(probabilities), 1)
+    for row in live:
+        draws[row] = torch.rand((), generator=sources[row], device=draws.device)
+    total = cumulated[:, -1:]
+    # Strictly below the total: an entry of probability 0 behind the last possible one must not be hit by rounding.
+    draws = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, draws, right=True)[:, 0]
+
+
+def judge(
+    scores: Tensor, drafts: Sequence[int], proposed: Sequence[Tensor], source: torch.Generator
+) -> tuple[int, int]:
+    """Returns how many drafts are kept, and the token behind them: all of them together follow the distribution of
+    `scores` (Leviathan et al. 2023, "Fast inference from transformers via speculative decoding", section 2.3).
+
+    Args:
+        scores: [drafts + 1, vocabulary] of the full model, at every draft's place and behind the last.
+        drafts: ids that were drafted.
+        proposed: probabilities [vocabulary] that each was drawn from.
+        source: of the row.
+    """
+    wanted = scores.float().softmax(-1)
+    for place, (draft, q) in enumerate(zip(drafts, proposed, strict=True)):
+        p = wanted[place]
+        if torch.rand((), generator=source, device=p.device) * q[draft] < p[draft]:
+            continue
+        rest = (p - q).clamp_min(0)
+        # Rounding may leave nothing where both distributions are the same.
+        rest = rest if rest.sum() > 0 else p
+        return place, int(draw(rest[None], [source], [0]))
+    return len(drafts), int(draw(wanted[-1:], [source], [0]))
