@@ -19,7 +19,7 @@ ROWS = [
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective"],
     ["lanes", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "outcomes", "certify"],
+    ["rows", "states", "outcomes", "certify"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 LIGHT = ROWS[1]  # these run where torch is not installed
