@@ -17,6 +17,7 @@ oracle leaves at the earliest exit that does no harm. In the output folder:
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from adaptive.checked import Checked, load_config
 
@@ -35,6 +36,10 @@ class RecipesConfig(Checked):
     output: str
     shown: str | None = None
 
+    def problems(self) -> list[str]:
+        """One line for each fault."""
+        return [] if Path(self.study).is_dir() else [f"`study` is {self.study}; give the folder of eval/study.py"]
+
 
 if __name__ == "__main__":
     # Before the heavy imports: --help and a mistyped key answer at once.
@@ -43,7 +48,6 @@ if __name__ == "__main__":
     CONFIG = load_config(RecipesConfig)
 
 import json
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -133,7 +137,7 @@ def choices(record: dict, found: dict, name: str, chosen: np.ndarray) -> list[tu
     contexts, back = np.unique(found["context"][chosen], return_inverse=True)
     costs = costs_of(record, name)
     full = float(np.mean(np.array([costs.by_exit(c, [False] * count)[-1] for c in contexts])[back]))
-    best = {target: (np.inf, (np.inf,) * count) for target in TARGETS}
+    best = {target: (full, (np.inf,) * count) for target in TARGETS}  # never leaving is always there
     choose = one_threshold if name == "shared" else ranking.rank_thresholds
     for mask in range(1, 2**count):
         open_exits = [index for index in range(count) if mask >> index & 1]

