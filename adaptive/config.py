@@ -136,6 +136,7 @@ class TrainConfig(Checked):
         model: folder or hub id of the backbone
         data: training texts: folders, files, token files or names of data sets
         output: folder that the run writes to
+        states: folder that keeps what a frozen backbone makes of the data, for later passes and runs; none = run it
         mode: what moves: the exits (frozen), also adapters on the backbone (lora), or all weights (full)
         lora_rank: rank of the adapters in mode lora
         exits: where the exits are and what they are made of
@@ -155,6 +156,7 @@ class TrainConfig(Checked):
     model: str = "smollm2-135m-instruct"
     data: list[str]
     output: str
+    states: str | None = None
     mode: Literal["frozen", "lora", "full"] = "frozen"
     lora_rank: int = 16
     exits: ExitConfig
@@ -178,6 +180,8 @@ class TrainConfig(Checked):
             found.append("`data` is empty; name at least one folder, file or data set")
         if not 0 < self.learning_rate < math.inf:
             found.append(f"`learning_rate` is {self.learning_rate}; it must be above 0")
+        if self.states and (self.mode != "frozen" or self.exits.head_kv == "shared"):
+            found.append(f"`states` is {self.states!r}; leave it out, or set mode frozen and head_kv own")
         if not 0 <= self.gate_share < 1:
             found.append(f"`gate_share` is {self.gate_share}; it is a share of the steps: 0 or more and below 1")
         if (weights := self.loss.weights) is not None and len(weights) != len(self.exits.depths):

@@ -234,7 +234,17 @@ class Exits(nn.Module):
         """
         if self.sizes[exit] is None and among is not None:
             return among[torch.cat([backbone.logits(piece, among).argmax(-1) for piece in normed.split(chunk)])]
-        return torch.cat([best(*self.logits(backbone, exit, piece)) for piece in normed.split(chunk)])
+        said = self._screened_word if self.screened(exit) else lambda *args: best(*self.logits(*args))
+        return torch.cat([said(backbone, exit, piece) for piece in normed.split(chunk)])
+
+    def _screened_word(self, backbone: Backbone, exit: int, normed: Tensor) -> Tensor:
+        # For many states one product with the whole LM head is faster than every state's own picks; they are needed
+        # only where the head's best entry is not among them.
+        word = backbone.logits(normed).argmax(-1)
+        lost = ~self.screen.holds(normed, word, self.sizes[exit])
+        if lost.any():
+            word[lost] = best(*self.logits(backbone, exit, normed[lost]))
+        return word
 
     def _shortlist_rows(self, backbone: Backbone, exit: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         # Gathering thousands of rows per token would cost more than the shortlist saves.

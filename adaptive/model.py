@@ -202,6 +202,8 @@ class EarlyExitModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        states: Tensor | None = None,
+        top: Tensor | None = None,
         **kwargs,
     ) -> ExitOutput:
         """Returns the joint loss and metrics if labels are given, else full-depth logits.
@@ -211,11 +213,12 @@ class EarlyExitModel(nn.Module):
             attention_mask: [batch, tokens], 0 on padding.
             labels: [batch, tokens] as in transformers: shifted inside, -100 where nothing is wanted.
             num_items_in_batch: labelled tokens in the whole optimizer step, over which the loss is taken.
+            states, top: of these rows, from `states.with_states`; the frozen backbone then does not run for the loss.
             **kwargs: passed to the backbone when there are no labels.
         """
         if labels is None:
             return ExitOutput(logits=self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits)
-        loss, metrics = joint_loss(self, input_ids, attention_mask, labels, num_items_in_batch)
+        loss, metrics = joint_loss(self, input_ids, attention_mask, labels, num_items_in_batch, states, top)
         if self.training and self.own_clock:
             self.step += 1  # another loop than train/exits.py: what is drawn at random must change all the same
         return ExitOutput(loss=loss, metrics=metrics)

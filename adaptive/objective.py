@@ -54,15 +54,23 @@ def full_states(
     drop: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, list]:
     """Returns the states [batch, tokens, hidden] at `depths`, the normed state at full depth, and the block calls."""
-    positions = None
-    if attention_mask is not None:
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-    hidden, calls = view.start(input_ids, attention_mask, positions, cache)
+    hidden, calls = view.start(input_ids, attention_mask, _positions(attention_mask), cache)
     states, depth = [], 0
     for exit_depth in depths:
         hidden, depth = view.run(hidden, calls, depth, exit_depth, drop), exit_depth
         states.append(hidden)
     return states, view.norm(view.run(hidden, calls, depth, view.num_layers, drop)), calls
+
+
+def _positions(attention_mask: Tensor | None) -> Tensor | None:
+    return None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def tops(view: Backbone, normed: Tensor, k: int) -> Tensor:
+    """Returns the full model's best k vocabulary entries [N, k] for normed states [N, hidden], best first."""
+    chunks = [view.logits(chunk).topk(min(k, view.vocab_size)).indices for chunk in normed.split(CHUNK)]
+    return torch.cat(chunks)
 
 
 @torch.no_grad()
@@ -101,7 +109,13 @@ def exit_features(
 
 
 def joint_loss(
-    model, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, num_items: Tensor | int | None
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    num_items: Tensor | int | None,
+    states: Tensor | None = None,
+    top: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss (0-dim, nats per labelled position) and detached metrics per exit.
 
@@ -121,11 +135,16 @@ def joint_loss(
             if model.training and not frozen
             else None
         )
-        states, final, calls = full_states(view, input_ids, attention_mask, model.depths, cache, drop)
+        if states is None:
+            states, final, calls = full_states(view, input_ids, attention_mask, model.depths, cache, drop)
+        else:
+            assert frozen and cache is None, "kept states are those of a frozen backbone, and no K/V are kept with them"
+            calls = view.start(input_ids, attention_mask, _positions(attention_mask), None)[1]
+            *states, final = states.unbind(2)
     teacher = final if frozen else model.teacher_states(input_ids, attention_mask)
     if not (labels[:, 1:] != -100).any():
         return _nothing(model), {}
-    targets = _targets(model.teacher_view, teacher, labels, config.top_k)
+    targets = _targets(model.teacher_view, teacher, labels, config.top_k, top)
     count = len(targets.normed)
     total = count if num_items is None else num_items
     ids, log_weight = losses.candidates(
@@ -193,11 +212,11 @@ class _Comparison:
 
 
 @torch.no_grad()
-def _targets(view: Backbone, normed: Tensor, labels: Tensor, top_k: int) -> Targets:
+def _targets(view: Backbone, normed: Tensor, labels: Tensor, top_k: int, top: Tensor | None) -> Targets:
     keep = labels[:, 1:] != -100
     picked = normed[:, :-1][keep]
-    tops = [view.logits(chunk).topk(min(top_k, view.vocab_size)).indices for chunk in picked.split(CHUNK)]
-    return Targets(keep, picked, torch.cat(tops), labels[:, 1:][keep])
+    best = tops(view, picked, top_k) if top is None else top[:, :-1][keep]
+    return Targets(keep, picked, best, labels[:, 1:][keep])
 
 
 def _weights(model, config) -> list[float]:

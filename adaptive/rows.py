@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive import data
 from adaptive.pretrained import resolve
 
-Rows = dict[str, Tensor]  # "input_ids", "labels" and "attention_mask", each [rows, tokens]
+Rows = dict[str, Tensor]  # "input_ids", "labels", "attention_mask" [rows, tokens]; what `states` keeps with them
 HELD_OUT, HELD_OUT_ROWS = 0.05, 32  # share of the rows that evaluation keeps for itself, and at most so many
 
 
@@ -62,10 +62,11 @@ def take(rows: Rows, indices: Tensor) -> Rows:
 
 
 def to_batch(rows: Rows, device: torch.device) -> Rows:
-    """The rows as int64 on a device, without columns that are padding in all of them or a mask that masks none."""
+    """The rows on a device, integers as int64, without columns that are padding in all or a mask that masks none."""
     used = rows["attention_mask"].any(0).nonzero()
     width = int(used[-1]) + 1 if len(used) else 1
-    batch = {name: tensor[:, :width].long().to(device) for name, tensor in rows.items()}
+    batch = {name: tensor[:, :width].to(device) for name, tensor in rows.items()}
+    batch = {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in batch.items()}
     if batch["attention_mask"].all():
         del batch["attention_mask"]
     return batch

@@ -73,8 +73,15 @@ class Screen(nn.Module):
 
     def forward(self, normed: Tensor, entries: int) -> Tensor:
         """Returns vocabulary ids [N, entries], unordered, for normed states [N, hidden]."""
-        preview = torch.addmm(self.bias, normed.float() @ self.down.T, self.up.T)
-        return preview.topk(entries, sorted=False).indices
+        return self._preview(normed).topk(entries, sorted=False).indices
+
+    def holds(self, normed: Tensor, words: Tensor, entries: int) -> Tensor:
+        """Returns whether `forward` picks the entry `words` [N] for normed states [N, hidden]; bool [N]."""
+        preview = self._preview(normed)
+        return (preview > preview.gather(1, words[:, None])).sum(1) < entries
+
+    def _preview(self, normed: Tensor) -> Tensor:
+        return torch.addmm(self.bias, normed.float() @ self.down.T, self.up.T)
 
     @property
     def weights(self) -> int:

@@ -21,7 +21,8 @@ ROWS = [
     ["pretrained", "data", "prompts", "kv", "anatomy", "backbone", "losses", "screen", "exits", "objective", *GRAPHS],
     ["lanes", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "measure", "outcomes", "certify", "tally", "descent", "scoring", "provenance", "metrics", "probing"],
+    ["rows", "states", "measure", "outcomes", "certify"]
+    + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness", "plain", "parts", "folder", "export"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}

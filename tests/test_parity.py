@@ -9,6 +9,7 @@ from conftest import FAMILIES, VOCAB, prompts, tiny
 from torch import Tensor
 
 from adaptive.config import ExitConfig
+from adaptive.exits import best
 from adaptive.model import EarlyExitModel
 from adaptive.objective import fit_shortlists, full_states
 from adaptive.policy import ExitPolicy
@@ -153,6 +154,15 @@ def test_a_fitted_screen_finds_the_best_entry_more_often_the_higher_its_rank():
     assert hits[2][1] < hits[12][1] < hits[32][1] == 1 and hits[12][0] < hits[12][1]
     with pytest.raises(ValueError, match="33"):
         with_exits("llama", depths=(2,), shortlist=8, screen=33)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_a_screened_exit_says_of_many_states_is_what_it_says_of_one(family):
+    model = with_exits(family, depths=(2, 4), head="norm", shortlist=6, screen=3)
+    states = fitted(model)
+    expected = best(*model.exits.logits(model.view, 1, states))
+    assert torch.equal(model.exits.said(model.view, 1, states, 16), expected)
+    assert 0 < (expected != model.view.logits(states).argmax(-1)).float().mean() < 1, "the screen decides some"
 
 
 def test_screened_rows_are_what_they_are_alone():

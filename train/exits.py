@@ -39,6 +39,7 @@ from adaptive.model import EarlyExitModel
 from adaptive.objective import fit_shortlists
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
 from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_json
+from adaptive.states import with_states
 
 WARM_UP, MAX_GRADIENT_NORM = 0.02, 1.0  # a share of the steps; of exits and backbone
 # Shares of the learning rate: fresh exits want about 1e-3, adapters 1e-4, whole weights 1e-5; a probe can hurry.
@@ -137,10 +138,8 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     rows, held_out = split_rows(rows, config.seed)
     largest = int(max(rows["input_ids"].max(), held_out["input_ids"].max()))
     if largest >= model.view.vocab_size:
-        raise ValueError(
-            f"`data` has token {largest}; `model` {config.model} knows 0 to {model.view.vocab_size - 1}. The rows were "
-            "made with another tokenizer: make them again with this model's"
-        )
+        known = f"0 to {model.view.vocab_size - 1}; made with another tokenizer? Make the rows again"
+        raise ValueError(f"`data` has token {largest}; `model` {config.model} knows {known}")
     fit_shortlists(model, rows)
     rate, gates = config.learning_rate, model.gate_parameters()
     groups = [
@@ -158,6 +157,9 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     plain.seed, plain.own_clock = config.seed, False
     batch = config.batch_size * config.accumulate * accelerator.num_processes
     progress = {"step": 0, "best": None, "rows_per_step": batch, "data_sha256": digest(rows)}
+    if config.states:
+        with accelerator.main_process_first():
+            rows, held_out = (with_states(plain, part, Path(config.states)) for part in (rows, held_out))
     return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, settled, progress)
 
 
@@ -252,8 +254,7 @@ def mean_over_processes(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str,
 def evaluate(run: Run) -> dict[str, float]:
     """Mean metrics on the held-out rows; every process works through all of them."""
     run.prepared.eval()
-    # The same draw of the vocabulary each time, so that losses compare.
-    run.plain.step, run.plain.gates_only = 0, False
+    run.plain.step, run.plain.gates_only = 0, False  # the same draw of the vocabulary each time: losses compare
     parts = []
     for indices in held_out_batches(run, run.config.batch_size):
         batch = to_batch(take(run.held_out, indices), run.accelerator.device)
@@ -324,7 +325,7 @@ def save_model(run: Run, folder: Path) -> None:
 def record_of(config: TrainConfig) -> dict:
     """The configuration as JSON has it, without what changes no number."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in values.items() if name not in ("output", "log_with")}
+    return {name: value for name, value in values.items() if name not in ("output", "states", "log_with")}
 
 
 def start_trackers(run: Run) -> None:
@@ -339,8 +340,7 @@ def start_trackers(run: Run) -> None:
 
 def in_words(run: Run, step: int) -> str:
     """One line about an evaluation."""
-    found = run.progress["eval"]
-    text = f"step {step}, held out: loss {found['loss']:.3f}"
+    found, text = run.progress["eval"], f"step {step}, held out: loss {run.progress['eval']['loss']:.3f}"
     for depth in run.plain.depths:
         text += f"; exit {depth}: {found[f'exit_{depth}/loss']:.3f} nats, agrees {found[f'exit_{depth}/agreement']:.3f}"
     return text

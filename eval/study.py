@@ -1,0 +1,266 @@
+"""Compare recipes: train named variations of one configuration, judge each on the same held-out prompts.
+
+    python eval/study.py --config configs/study.yaml
+    python eval/study.py --config configs/study.yaml --only demo,linear     # some of them
+
+Each variation is trained by `accelerate launch train/exits.py` and judged on the full model's own greedy answers to
+prompts that no variation trained on: one teacher-forced pass gives what every gate, every training-free score and every
+exit says of each token. eval/recipes.py makes figures, tables and pictures of it. In the output folder:
+
+    NAME/, NAME.yaml       the training run of a variation
+    NAME.safetensors       what its exits and scores say of every token
+    NAME.json              what changed, what training took, what exits cost, where it was run
+    screen.json            how often the full model's word is among the entries that a screen or a fixed list holds
+    answers.json, states/  the judged answers, and the frozen backbone's states, kept for variations to come
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from adaptive.checked import Checked, load_config
+
+
+@dataclass
+class StudyConfig(Checked):
+    """What to compare, and on what.
+
+    Attributes:
+        base: YAML file of a training run
+        variations: name -> what differs from `base`, nested as there
+        prompts: .json file of prompts, as train/text.py writes
+        part: which part of it to judge on
+        output: folder to write to
+        num_prompts: most prompts to judge on
+        answer_tokens: most tokens of an answer
+        only: names of the variations to run; empty = all
+        ranks: of the screens to compare; empty = no such table
+        entries: sizes of the shortlists to compare
+    """
+
+    base: str
+    prompts: str
+    output: str
+    variations: dict
+    part: str = "certify"
+    num_prompts: int = 128
+    answer_tokens: int = 40
+    only: list[str] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=lambda: [256, 1024, 4096, 8192])
+
+    def problems(self) -> list[str]:
+        """One line for each fault."""
+        found = self._below(2, "num_prompts", "answer_tokens")
+        if unknown := [name for name in self.only if name not in self.variations]:
+            found.append(f"`only` has {unknown}; `variations` has {list(self.variations)}")
+        wrong = [name for name, change in self.variations.items() if not isinstance(change or {}, dict)]
+        return found + [f"`variations.{name}` must hold `field: value` lines" for name in wrong]
+
+
+if __name__ == "__main__":
+    # Before the heavy imports: --help and a mistyped key answer at once.
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    CONFIG = load_config(StudyConfig)
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from adaptive import losses
+from adaptive.certify import load_tokenizer
+from adaptive.checked import build
+from adaptive.config import TrainConfig
+from adaptive.data import digest
+from adaptive.exits import BASELINES, Gate, best
+from adaptive.model import EarlyExitModel
+from adaptive.objective import SCREEN_STATES, exit_features
+from adaptive.outcomes import answer
+from adaptive.policy import ExitPolicy
+from adaptive.prompts import encode, is_ids
+from adaptive.rows import load_rows, num_labelled, rows_of_step, split_rows, take
+from adaptive.runs import put, write_json
+from adaptive.screen import Screen
+from adaptive.states import with_states
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(config: StudyConfig) -> None:
+    """Runs what is missing."""
+    folder, base = Path(config.output), yaml.safe_load(Path(config.base).read_text())
+    plans = {name: planned(base, change or {}, folder / name) for name, change in config.variations.items()}
+    for name in tqdm(config.only or plans, desc="variations", unit="run"):
+        path, plan = folder / f"{name}.json", plans[name]
+        made_with = {"config": plan, "judged": [config.prompts, config.part, config.num_prompts, config.answer_tokens]}
+        if path.exists() and json.loads(path.read_text())["made_with"] == made_with:
+            continue
+        seconds = train(plan, folder / f"{name}.yaml")
+        model = EarlyExitModel.from_pretrained(plan["output"], dtype=torch.float32).eval()
+        found = judged(model, answered(model, config, plan))
+        put(folder / f"{name}.safetensors", lambda fresh, found=found: save_file(found, fresh))
+        about = {"tolerance": model.loss_config.tolerance, "shape": model.costs.shape, "exits": model.costs.exits}
+        training = {**spent(plan), "seconds": seconds}
+        changes = config.variations[name] or {}
+        record = {"name": name, "made_with": made_with, "changes": changes, **about, "training": training}
+        write_json(path, record | provenance())
+    if config.ranks and not config.only and not (folder / "screen.json").exists():
+        write_json(folder / "screen.json", {"table": screens(config, next(iter(plans.values()))), **provenance()})
+
+
+def planned(base: dict, change: dict, output: Path) -> dict:
+    """Returns a training configuration: `base` with what a variation changes, checked."""
+    merged = {**base, **change}
+    for nested in ("exits", "loss"):
+        merged[nested] = {**base.get(nested, {}), **change.get(nested, {})}
+    merged["output"] = str(output)
+    build(TrainConfig, merged, [])
+    return merged
+
+
+def train(plan: dict, path: Path) -> float:
+    """Trains a variation through the real command, if it is not there; returns the seconds that it took."""
+    took = Path(plan["output"]) / "took.json"
+    if took.exists() and json.loads(took.read_text())["config"] == plan:
+        return json.loads(took.read_text())["seconds"]
+    put(path, lambda fresh: fresh.write_text(yaml.safe_dump(plan)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    start = time.perf_counter()
+    subprocess.run([*command, str(ROOT / "train" / "exits.py"), "--config", str(path), "--resume"], check=True)
+    seconds = time.perf_counter() - start
+    write_json(took, {"config": plan, "seconds": seconds})
+    return seconds
+
+
+def spent(plan: dict) -> dict:
+    """Returns what training took: labelled tokens that exits learned from, and different ones of them."""
+    config = build(TrainConfig, plan, [])
+    rows = split_rows(load_rows(config.data, config.model, config.sequence_length), config.seed)[0]
+    steps, per_step = round(config.steps * (1 - config.gate_share)), config.batch_size * config.accumulate
+    count = len(rows["labels"])
+    seen = torch.cat([rows_of_step(step, count, per_step, config.seed) for step in range(max(steps, 1))])
+    different = num_labelled(take(rows, seen.unique()))
+    tokens = sum(num_labelled(take(rows, part)) for part in seen.split(per_step))
+    return {"tokens": tokens, "different_tokens": different, "kept_states": config.states is not None}
+
+
+def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
+    """Returns rows of prompts and the full model's greedy answers, with the backbone's states.
+
+    The answers are kept beside the runs: variations of a frozen backbone share them.
+    """
+    prompts = json.loads(Path(config.prompts).read_text())[config.part][: config.num_prompts]
+    asked = encode(prompts, None if all(map(is_ids, prompts)) else load_tokenizer(model))
+    path = Path(config.output) / "answers.json"
+    key = digest(repr([asked, config.answer_tokens, plan.get("model"), plan.get("mode")]).encode())
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("key") != key:
+        said = answer(model, asked, ExitPolicy.full(model.num_exits), config.answer_tokens, 64)[0]
+        found = {"key": key, "answers": said}
+        write_json(path, found)
+    width = max(len(a) + len(b) for a, b in zip(asked, found["answers"], strict=True))
+    rows = {name: torch.zeros(len(asked), width, dtype=torch.int32) for name in ("input_ids", "attention_mask")}
+    rows["labels"] = torch.full((len(asked), width), -100, dtype=torch.int32)
+    for row, (ids, said) in enumerate(zip(asked, found["answers"], strict=True)):
+        end = len(ids) + len(said)
+        rows["input_ids"][row, :end] = torch.tensor(ids + said)
+        rows["attention_mask"][row, :end] = 1
+        rows["labels"][row, len(ids) : end] = torch.tensor(said)
+    return with_states(model, rows, Path(plan.get("states") or Path(config.output) / "states"))
+
+
+@torch.no_grad()
+def judged(model: EarlyExitModel, rows: dict) -> dict:
+    """Returns arrays about every answer token: "row", "place" (0 for an answer's first), "context" [tokens], "regret",
+    "agrees" [tokens, exits], and a [tokens, exits] array of scores for the gates and for each training-free score."""
+    view, exits = model.view, model.exits
+    if exits.shares_kv:
+        raise ValueError("a head with `head_kv`='shared' needs the backbone's K/V, which are not kept; leave it out")
+    gates = {"gate": None} | {kind: Gate(view, kind) for kind in BASELINES}
+    parts: dict[str, list] = {name: [] for name in ("row", "place", "context", "regret", "agrees", *gates)}
+    for row in tqdm(range(len(rows["labels"])), desc="judging", unit="prompt", leave=False):
+        length = int(rows["attention_mask"][row].sum())
+        start = int((rows["labels"][row] == -100)[:length].sum())
+        places = slice(start - 1, length - 1)
+        embedded, calls = view.start(rows["input_ids"][row : row + 1, :length].long(), None, None, None)
+        *states, final = rows["states"][row : row + 1, :length].unbind(2)
+        full = view.logits(final[0, places]).float()
+        columns: dict[str, list] = {name: [] for name in ("regret", "agrees", *gates)}
+        for index, depth in enumerate(model.depths):
+            normed = exit_features(view, exits, index, depth, states[index], calls, None)[0, places]
+            logits, ids = exits.logits(view, index, normed)
+            said, state = best(logits, ids), states[index][0, places]
+            columns["regret"].append(losses.regret(full, said))
+            columns["agrees"].append(said == full.argmax(-1))
+            before = (states[index - 1] if index else embedded)[0, places]
+            for name, gate in gates.items():
+                judge = exits.gates[index] if gate is None else gate
+                columns[name].append(judge.score(state, logits, before).float())
+        for name, column in columns.items():
+            parts[name].append(torch.stack(column, 1).cpu().numpy())
+        count = length - start
+        parts["row"].append(np.full(count, row))
+        parts["place"].append(np.arange(count))
+        parts["context"].append(start + np.arange(count))
+    found = {name: np.concatenate(part) for name, part in parts.items()}
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+@torch.no_grad()
+def screens(config: StudyConfig, plan: dict) -> list[dict]:
+    """Returns, for fixed lists and screens, the share of answer tokens whose word they hold, and the share of the LM
+    head that they cost."""
+    training = build(TrainConfig, plan, [])
+    model = EarlyExitModel.from_backbone(training.model, training.exits, training.loss, dtype=torch.float32)
+    rows = split_rows(load_rows(training.data, training.model, training.sequence_length), training.seed)[0]
+    rows = with_states(model, rows, Path(plan.get("states") or Path(config.output) / "states"))
+    counts = torch.bincount(rows["labels"][rows["labels"] >= 0], minlength=model.view.vocab_size)
+    order, held = torch.argsort(counts, descending=True, stable=True), []
+    fitted = rows["states"][:, :-1, -1][rows["labels"][:, 1:] != -100][:SCREEN_STATES]
+    judged_on = answered(model, config, plan)
+    keep = judged_on["labels"][:, 1:] != -100
+    normed, wanted = judged_on["states"][:, :-1, -1][keep], judged_on["top"][:, :-1][keep][:, 0].long()
+    for entries in config.entries:
+        inside = torch.isin(wanted, order[:entries]).float().mean()
+        held.append({"rank": None, "entries": entries, "head": entries / len(order), "holds": float(inside)})
+    for rank in config.ranks:
+        screen = Screen(model.view, rank)
+        screen.fit(model.view, fitted)
+        for entries in config.entries:
+            pieces = zip(normed.split(256), wanted.split(256), strict=True)
+            inside = torch.cat([screen.holds(state, word, entries) for state, word in pieces]).float().mean()
+            cost = (screen.weights + entries * normed.shape[1]) / (len(order) * normed.shape[1])
+            held.append({"rank": rank, "entries": entries, "head": cost, "holds": float(inside)})
+    return held
+
+
+def provenance() -> dict:
+    """Returns what figures must carry."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": (cpu or [platform.machine()])[0], "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "gpu": torch.cuda.is_available()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    main(CONFIG)

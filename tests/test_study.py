@@ -1,0 +1,183 @@
+"""The study of recipes: what is kept of a frozen backbone changes nothing, and what is judged agrees with decoding."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import LAYERS, VOCAB, tiny
+from safetensors.numpy import load_file
+
+from adaptive import EarlyExitModel, ExitConfig, certify, data, ranking, states
+from adaptive.config import ConfigError, LossConfig, TrainConfig
+from adaptive.rows import load_rows, take, to_batch
+
+ROOT = Path(__file__).parent.parent
+EXITS = {"depths": [1, 2, 4], "head": ["linear", "mlp", "norm"], "rank": 4, "shortlist": 24, "screen": 8}
+
+
+def script(name: str):
+    """A script of eval/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, rows to train on, prompts, and a finished study of two variations."""
+    folder = tmp_path_factory.mktemp("study")
+    tiny("llama").save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB, (24, 12), generator=generator, dtype=torch.int32)
+    labels = ids.masked_fill(torch.arange(12) < 4, -100)
+    data.save_tokens(folder / "rows.safetensors", {"input_ids": ids, "labels": labels})
+    asked = torch.randint(3, VOCAB, (10, 5), generator=generator).tolist()
+    (folder / "prompts.json").write_text(json.dumps({"certify": asked}))
+    base = {"model": str(folder / "model"), "data": [str(folder / "rows.safetensors")], "output": "unused",
+            "exits": EXITS, "loss": {"negatives": None}, "steps": 6, "batch_size": 4, "eval_every": 6}  # fmt: skip
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studied(place):
+    """The study's folder."""
+    study = script("study")
+    variations = {"plain": None, "longer": {"steps": 8, "exits": {"gate": "mlp"}}}
+    config = study.StudyConfig(str(place / "base.yaml"), str(place / "prompts.json"), str(place / "out"), variations,
+                               answer_tokens=6, ranks=[4, 32], entries=[8, 97])  # fmt: skip
+    study.main(config)
+    return place / "out"
+
+
+def built(place, **changes) -> EarlyExitModel:
+    torch.manual_seed(1)
+    model = EarlyExitModel.from_backbone(
+        str(place / "model"), ExitConfig(**EXITS | changes), LossConfig(negatives=None), dtype=torch.float32
+    )
+    return model.train()
+
+
+def test_kept_states_change_no_loss_and_no_gradient(place, tmp_path, monkeypatch):
+    found = []
+    rows = load_rows([str(place / "rows.safetensors")], str(place / "model"), 12)
+    rows["attention_mask"][3, 9:] = 0
+    rows["labels"][3, 9:] = -100
+    for head in ("mlp", "block"):
+        for keep in (False, True):
+            model = built(place, head=[head, "mlp", "norm"])
+            kept = states.with_states(model, rows, tmp_path) if keep else rows
+            out = model(**to_batch(take(kept, torch.tensor([3, 5, 0])), torch.device("cpu")))
+            out.loss.backward()
+            found.append([out.loss, *(p.grad for p in model.exit_parameters() + model.gate_parameters())])
+        for without, with_kept in zip(*found[-2:], strict=True):
+            assert torch.allclose(without, with_kept, atol=1e-5)
+    # A second time nothing is worked out, and for another depth only that depth.
+    seen, real = [], states.full_states
+    monkeypatch.setattr(states, "full_states", lambda *args: seen.append(args[3]) or real(*args))
+    again = states.with_states(built(place), rows, tmp_path)
+    assert not seen and torch.equal(again["states"], kept["states"]) and torch.equal(again["top"], kept["top"])
+    other = states.with_states(built(place, depths=[1, 3, 4]), rows, tmp_path)
+    assert set(seen) == {(3,)} and torch.equal(other["states"][:, :, [0, 2, 3]], kept["states"][:, :, [0, 2, 3]])
+    assert not torch.equal(other["states"][:, :, 1], kept["states"][:, :, 1])
+    # A file that was cut short is made again.
+    for path in tmp_path.rglob("depth-3.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(states.with_states(built(place, depths=[1, 3, 4]), rows, tmp_path)["states"], other["states"])
+    # Other rows are not mistaken for these.
+    assert len(list(tmp_path.iterdir())) == 1
+    states.with_states(built(place), take(rows, torch.arange(5)), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_kept_states_are_refused_where_the_backbone_learns():
+    settings = {"data": ["x"], "output": "y", "steps": 1, "states": "z"}
+    with pytest.raises(ConfigError, match="`states` is 'z'"):
+        TrainConfig(**settings, exits=ExitConfig([1]), mode="lora")
+    with pytest.raises(ConfigError, match="`states` is 'z'"):
+        TrainConfig(**settings, exits=ExitConfig([1], head="block", head_kv="shared"))
+
+
+def test_what_is_judged_is_what_a_survey_sees(place, studied):
+    """Scores and regrets of one teacher-forced pass against decoding with every exit probed."""
+    model = EarlyExitModel.from_pretrained(studied / "plain", dtype=torch.float32)
+    found, record = load_file(studied / "plain.safetensors"), json.loads((studied / "plain.json").read_text())
+    asked = json.loads((place / "prompts.json").read_text())["certify"]
+    survey = certify.survey(model, asked, 6)
+    later = found["place"] > 0
+    assert np.array_equal(found["row"][later], survey.rows)
+    assert np.allclose(found["gate"][later], survey.scores, atol=1e-4)
+    assert np.allclose(found["regret"][later], survey.regret, atol=1e-3)
+    priced = [model.costs.by_exit(context) for context in found["context"][later]]
+    assert np.array_equal(priced, survey.costs)
+    for name in ("max_prob", "margin", "entropy", "similarity"):
+        gates = EarlyExitModel.from_pretrained(studied / "plain", dtype=torch.float32)
+        gates.exits.gates = torch.nn.ModuleList(type(gate)(gates.view, name) for gate in gates.exits.gates)
+        assert np.allclose(found[name][later], certify.survey(gates, asked, 6).scores, atol=1e-4), name
+    assert record["training"]["tokens"] == 5 * 4 * 8 and record["training"]["different_tokens"] <= 23 * 8
+    assert {"command", "commit", "machine", "versions", "date"} <= set(record)
+
+
+def test_figures_follow_from_the_arrays(studied, tmp_path):
+    recipes = script("recipes")
+    done = recipes.main(recipes.RecipesConfig(str(studied), str(tmp_path)))
+    assert {record["name"] for record in done} == {"plain", "longer"}
+    for record in done:
+        found = load_file(studied / f"{record['name']}.safetensors")
+        found["harm"] = (found["regret"] > 0.25).astype(float)
+        found["oracle"] = 1 - found["harm"]
+        everything = np.ones(len(found["row"]), bool)
+        never = recipes.measured(record, found, "gate", (np.inf,) * 3, everything)
+        assert (never["harm"], never["relative_flops"], never["mean_depth"]) == (0, 1, LAYERS)
+        # By hand, for tokens after the first: the policy's mean cost is what `by_exit` adds up to.
+        later = found["place"] > 0
+        thresholds = (0.4, 0.5, 0.2)
+        costs = recipes.costs_of(record, "gate")
+        by_exit = np.array([costs.by_exit(c) for c in found["context"][later]])
+        harm, cost = ranking.predicted(
+            thresholds, found["gate"][later], found["harm"][later], by_exit, found["row"][later]
+        )
+        full = np.mean([costs.by_exit(c, [False] * 3)[-1] for c in found["context"][later]])
+        shifted = {**found, "place": found["place"] + 1}  # so that none is taken for a first token
+        point = recipes.measured(record, shifted, "gate", thresholds, later)
+        assert point["relative_flops"] == pytest.approx(cost / full) and point["harm"] == pytest.approx(harm.mean())
+        assert sum(point[part] for part in recipes.PARTS) == pytest.approx(1)
+        oracle = record["scores"]["oracle"]
+        assert oracle["harm"] == 0 and oracle == recipes.measured(record, found, "oracle", (0.5,) * 3, everything)
+        for name in recipes.SCORES:
+            assert record["scores"][name]["at"]["0.05"]["relative_flops"] <= 1.02
+        # A score that reads logits pays for the heads that it asks in vain.
+        free = recipes.measured(record, found | {"max_prob": found["gate"]}, "max_prob", thresholds, everything)
+        own = recipes.measured(record, found, "gate", thresholds, everything)
+        assert free["harm"] == own["harm"] and free["overhead"] < own["overhead"]
+    text = (tmp_path / "summary.md").read_text()
+    assert text.count("| plain |") == 2 and text.count("| longer |") == 2 and "fixed list" in text
+    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("frontier", "gates", "tokens"))
+    table = json.loads((tmp_path / "screen.json").read_text())["table"]
+    assert {row["holds"] for row in table if row["entries"] == 97} == {1.0} and len(table) == 6
+    assert next(r for r in table if r["rank"] == 32 and r["entries"] == 8)["holds"] == 1.0  # the whole head
+
+
+def test_auc_counts_pairs():
+    recipes, generator = script("recipes"), np.random.default_rng(0)
+    scores, true = generator.integers(0, 6, 50).astype(float), generator.random(50) < 0.4
+    pairs = [(a > b) + (a == b) / 2 for a in scores[true] for b in scores[~true]]
+    assert recipes.auc(scores, true) == pytest.approx(np.mean(pairs))
+    assert recipes.auc(scores, np.ones(50, bool)) is None
+
+
+def test_bad_studies_are_refused(place):
+    study, recipes = script("study"), script("recipes")
+    with pytest.raises(ConfigError, match="`only` has \\['b'\\](.|\n)*`variations.a` must hold"):
+        study.StudyConfig("x.yaml", "p.json", "out", {"a": [1]}, only=["b"])
+    with pytest.raises(ConfigError, match="did you mean `steps`"):
+        study.planned(yaml.safe_load((place / "base.yaml").read_text()), {"stepz": 3}, place / "z")
+    with pytest.raises(ValueError, match="holds no judged variation; run eval/study.py first"):
+        recipes.main(recipes.RecipesConfig(str(place), "out"))
