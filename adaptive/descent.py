@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptive.backbone import select_rows
 from adaptive.exits import best
-from adaptive.kv import KV, SharedKV, replace_cache
+from adaptive.kv import KV, SharedKV, replace_cache, select_rows
 from adaptive.losses import regret
 from adaptive.policy import ExitPolicy
 
