@@ -28,7 +28,7 @@ TASKS = ["choices", "words", "pages", "answers"]
 KINDS = {
     "choices": {"output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_target": "gold",
                 "doc_to_choice": "choices", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
-    "words": {"output_type": "loglikelihood", "doc_to_text": "{{query}}", "doc_to_target": " {{choices[0]}}",
+    "words": {"output_type": "loglikelihood", "doc_to_text": "{{query}}", "doc_to_target": " {{choices[gold]}}",
               "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]},
     "pages": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{query}}",
               "metric_list": [{"metric": "word_perplexity"}]},
@@ -127,7 +127,7 @@ def test_full_is_plain_hf_and_scores_move_with_depth(place):
     # The choices' second words are as likely at every depth, so that exits are not quite at the chance of a quarter.
     assert accuracy[0] > 0.6 and max(accuracy[1:]) < accuracy[0], accuracy
     perplexity = [found[name]["words"]["perplexity,none"] for name in lm.policies]
-    assert min(perplexity[1:]) > 2 * perplexity[0] and len({round(value, 3) for value in perplexity}) == 4
+    assert min(perplexity[1:]) > 1.2 * perplexity[0] and perplexity[1] > 2 * perplexity[0] and len({round(value, 3) for value in perplexity}) == 4
     statistics = {name: lm.summaries(name)["all"] for name in lm.policies}
     assert [round(found["mean_depth"]) for found in statistics.values()] == [4, 1, 2, 3]
     costs = [found["relative_flops"] for found in statistics.values()]
