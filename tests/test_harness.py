@@ -127,7 +127,11 @@ def test_full_is_plain_hf_and_scores_move_with_depth(place):
     # The choices' second words are as likely at every depth, so that exits are not quite at the chance of a quarter.
     assert accuracy[0] > 0.6 and max(accuracy[1:]) < accuracy[0], accuracy
     perplexity = [found[name]["words"]["perplexity,none"] for name in lm.policies]
-    assert min(perplexity[1:]) > 1.2 * perplexity[0] and perplexity[1] > 2 * perplexity[0] and len({round(value, 3) for value in perplexity}) == 4
+    assert (
+        min(perplexity[1:]) > 1.2 * perplexity[0]
+        and perplexity[1] > 2 * perplexity[0]
+        and len({round(value, 3) for value in perplexity}) == 4
+    )
     statistics = {name: lm.summaries(name)["all"] for name in lm.policies}
     assert [round(found["mean_depth"]) for found in statistics.values()] == [4, 1, 2, 3]
     costs = [found["relative_flops"] for found in statistics.values()]
