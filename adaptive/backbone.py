@@ -151,13 +151,12 @@ class Backbone:
 
     def _fill_apart(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV) -> None:
         """Runs each block until its K/V are written; most multiply W_Q before that, for nothing."""
-        blocks = self.blocks
         cache.stop = True
         try:
             for index in range(first, last):
                 args, kwargs = calls[index]
                 try:
-                    blocks[index](hidden, *args, **kwargs)
+                    self.blocks[index](hidden, *args, **kwargs)
                 except Filled:
                     continue
                 raise ValueError("a block did not write its K/V through the cache; this architecture is not supported")

@@ -129,18 +129,7 @@ def joint_loss(
     generator = torch.Generator(input_ids.device).manual_seed((model.seed * 1_000_003 + model.step) % 2**63)
     cache = TrainingKV(view.num_layers) if exits.shares_kv else None
     frozen = model.mode == "frozen"
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        drop = (
-            _dropped(view.num_layers, len(input_ids), config.layer_dropout, generator, input_ids.device)
-            if model.training and not frozen
-            else None
-        )
-        if states is None:
-            states, final, calls = full_states(view, input_ids, attention_mask, model.depths, cache, drop)
-        else:
-            assert frozen and cache is None, "kept states are those of a frozen backbone, and no K/V are kept with them"
-            calls = view.start(input_ids, attention_mask, _positions(attention_mask), None)[1]
-            *states, final = states.unbind(2)
+    states, final, calls = _backbone_pass(model, input_ids, attention_mask, cache, generator, states)
     teacher = final if frozen else model.teacher_states(input_ids, attention_mask)
     if not (labels[:, 1:] != -100).any():
         return _nothing(model), {}
@@ -176,6 +165,23 @@ def joint_loss(
         metrics["final/kl"] = own.detach() / count
         loss = loss + config.final * own / total
     return loss, metrics
+
+
+def _backbone_pass(
+    model, input_ids: Tensor, attention_mask: Tensor | None, cache: TrainingKV | None, generator, kept: Tensor | None
+) -> tuple[list[Tensor], Tensor, list]:
+    """Returns what `full_states` does, under the model's mode; `kept`: states that `states.with_states` has found."""
+    view, frozen = model.view, model.mode == "frozen"
+    if kept is not None:
+        assert frozen and cache is None, "kept states are those of a frozen backbone, and no K/V are kept with them"
+        *states, final = kept.unbind(2)
+        return states, final, view.start(input_ids, attention_mask, _positions(attention_mask), None)[1]
+    drop, learns = None, model.training and not frozen
+    if learns:
+        p_max = model.loss_config.layer_dropout
+        drop = _dropped(view.num_layers, len(input_ids), p_max, generator, input_ids.device)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        return full_states(view, input_ids, attention_mask, model.depths, cache, drop)
 
 
 class _Comparison:

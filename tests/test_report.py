@@ -186,17 +186,18 @@ def test_answer_is_shown_token_by_token(report, made, run):
     assert {exit for _, exit in shown["answers"]["full-depth"]} == {3} and min(exit for _, exit in early) < 3
     page = (run / "report" / "answer.html").read_text()
     assert "color-scheme:light dark" in page and not re.search(r"https?:|src=|<script|@import", page)
+    place = page.index("<h2>full-depth") if "<h2>full-depth" in page else 0
     for tokens in shown["answers"].values():
         assert all(re.fullmatch(r" ?<w\d+>", piece) for piece, _ in tokens)
-        place = 0
         for piece, exit in tokens:
-            place = page.index(html.escape(piece.strip()), place)
+            place = page.index(html.escape(piece.strip()), place) + 1
             opened = page.rindex("<span", 0, place)
             assert f'title="depth {shown["marks"][exit]}"' in page[opened:place]
             assert (report.COLOURS[exit % 6][1] in page[opened:place]) == (exit < 3)
     plain, coloured = (report.painted(shown, style) for style in ("plain", "ansi"))
     assert "\x1b" not in plain and f"[{LAYERS}]" in plain and f"[{shown['marks'][early[0][1]]}]{early[0][0]}" in plain
-    assert f"\x1b[38;5;{report.COLOURS[early[0][1]][0]}m{early[0][0]}" in coloured
+    piece, exit = next(token for token in early if token[1] < 3)
+    assert f"\x1b[38;5;{report.COLOURS[exit][0]}m{piece}" in coloured
     text = "".join(piece for piece, _ in early)
     assert text in re.sub(r"\x1b\[[\d;]*m", "", coloured) and text in re.sub(r"\[[\w ,]+\](?!\n)", "", plain)
 

@@ -154,9 +154,10 @@ def test_figures_follow_from_the_arrays(studied, tmp_path):
         for name in recipes.SCORES:
             assert record["scores"][name]["at"]["0.05"]["relative_flops"] <= 1.02
         # A score that reads logits pays for the heads that it asks in vain.
-        free = recipes.measured(record, found | {"max_prob": found["gate"]}, "max_prob", thresholds, everything)
-        own = recipes.measured(record, found, "gate", thresholds, everything)
-        assert free["harm"] == own["harm"] and free["overhead"] < own["overhead"]
+        same = found | {"max_prob": found["gate"], "similarity": found["gate"]}
+        middle = tuple(np.median(found["gate"], 0))
+        reads, knows = (recipes.measured(record, same, name, middle, everything) for name in ("max_prob", "similarity"))
+        assert reads["harm"] == knows["harm"] and reads["overhead"] < knows["overhead"]
     text = (tmp_path / "summary.md").read_text()
     assert text.count("| plain |") == 2 and text.count("| longer |") == 2 and "fixed list" in text
     assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("frontier", "gates", "tokens"))

@@ -157,7 +157,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     plain.seed, plain.own_clock = config.seed, False
     batch = config.batch_size * config.accumulate * accelerator.num_processes
     progress = {"step": 0, "best": None, "rows_per_step": batch, "data_sha256": digest(rows)}
-    if config.states:
+    if config.states and accelerator.distributed_type not in SHARDED:  # a backbone in pieces runs in every step
         with accelerator.main_process_first():
             rows, held_out = (with_states(plain, part, Path(config.states)) for part in (rows, held_out))
     return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, settled, progress)
