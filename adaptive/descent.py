@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptive.exits import best
 from adaptive.kv import KV, SharedKV, replace_cache, select_rows
 from adaptive.losses import regret
-from adaptive.policy import ExitPolicy
+from adaptive.policy import ExitPolicy, Progress
 
 FLOOR = 1e-3  # probability that an exit with a shortlist keeps for all the entries which it cannot say
 CHUNK = 128  # positions whose logits over the vocabulary are held at once
@@ -64,7 +64,8 @@ class Descent:
         # Nothing deeper than this is looked at by anybody.
         self.bottom = 0 if not probe else self.view.num_layers
         for policy in self.policies:
-            sure = [depth for depth, threshold in zip(self.depths, policy.thresholds) if threshold == 0]
+            plain = type(policy) is ExitPolicy  # thresholds of others change on the way
+            sure = [depth for depth, threshold in zip(self.depths, policy.thresholds) if threshold == 0 and plain]
             self.bottom = max(self.bottom, sure[0] if sure else self.view.num_layers)
         count, size = len(self.depths), valid.shape
         self.out = [
@@ -162,7 +163,7 @@ class Descent:
             rows, lanes = self._mine(number)
             leaves[number] = torch.zeros_like(here)
             if not self.probe:
-                leaves[number][lanes] = here[lanes] & self.policies[number].leaves(index, scores[lanes])
+                leaves[number][lanes] = here[lanes] & self._let_out(number, index, scores[lanes])
             self.out[number]["scores"][rows, :, index] = torch.where(here[lanes], scores[lanes], torch.nan)
             self.out[number]["headed"][rows, :, index] = (here if early else leaves[number])[lanes]
         if self.probe:
@@ -174,6 +175,16 @@ class Descent:
             normed = normed[anybody[here]] if early else self._features(index, anybody)
             self._read(index, normed, anybody, leaves)
         return leaves
+
+    def _let_out(self, number: int, index: int, scores: Tensor) -> Tensor:
+        """Returns whom a policy lets out at an exit by the scores [rows, columns], bool."""
+        policy = self.policies[number]
+        if type(policy) is ExitPolicy:
+            return policy.leaves(index, scores)
+        tokens = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+        # What a row has spent is not known while all its tokens walk together; `score` refuses policies that ask.
+        progress = Progress((*self.depths, self.view.num_layers), tokens, np.zeros(scores.shape))
+        return torch.as_tensor(policy.leaves(index, scores.cpu().numpy(), progress), device=scores.device)
 
     def _mine(self, number: int) -> tuple[Tensor, Tensor]:
         """Returns the rows of which a policy still has tokens, and their lanes."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from adaptive.descent import Descent, Row
-from adaptive.policy import ExitPolicy, Trace
+from adaptive.policy import BudgetPolicy, ExitPolicy, Trace
 from adaptive.tally import caught_up
 
 
@@ -66,8 +66,11 @@ def score(model, rows: Sequence[Row], policies: Sequence[ExitPolicy]) -> list[Sc
         policies: who leaves where.
 
     Raises:
-        ValueError: an empty context, or no last token.
+        ValueError: an empty context, no last token, or a budget per request: who may leave then depends on what the
+            tokens before did, one after the other.
     """
+    if any(isinstance(policy, BudgetPolicy) for policy in policies):
+        raise ValueError("a `BudgetPolicy` decides token after token, and all are scored at once; give thresholds")
     if empty := [index for index, row in enumerate(rows) if not len(row.context) or not len(row.last)]:
         raise ValueError(f"rows {empty[:5]} have no context or no last token; give at least one token of each")
     descent = Descent(model, rows, policies)

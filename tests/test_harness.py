@@ -64,12 +64,11 @@ def place(tmp_path_factory):
     with open(place / "docs.jsonl", "w") as file:
         for index in range(32):
             ids = torch.randint(3, VOCAB, (4 + index % 7,), generator=generator)
-            with torch.no_grad():
-                best = int(backbone(ids[None]).logits[0, -1].argmax())
-            wrong = [n for n in torch.randperm(VOCAB, generator=generator).tolist() if n not in (best, 0, 1, 2)][:3]
+            best = backbone.generate(ids[None], max_new_tokens=2, do_sample=False)[0, -2:].tolist()
+            wrong = torch.randint(3, VOCAB, (3, 2), generator=generator).tolist()
             gold = index % 4
             # Two words each, so that a continuation has a token behind the first one.
-            choices = [f"w{n} w{(n + index) % 90 + 3}" for n in [*wrong[:gold], best, *wrong[gold:]]]
+            choices = [f"w{one} w{two}" for one, two in [*wrong[:gold], best, *wrong[gold:]]]
             row = {"query": " ".join(f"w{n}" for n in ids.tolist()), "choices": choices, "gold": gold}
             file.write(json.dumps(row) + "\n")
     for name, kind in KINDS.items():

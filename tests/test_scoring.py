@@ -1,6 +1,7 @@
 """Scoring through the exits: the same as decoding, the same as the parts alone, and a distribution whatever it is."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import VOCAB, tiny
 from adaptive.config import ExitConfig
 from adaptive.descent import FLOOR, Row, log_probabilities
 from adaptive.model import EarlyExitModel
-from adaptive.policy import ExitPolicy
+from adaptive.policy import BudgetPolicy, DecayingPolicy, ExitPolicy
 from adaptive.scoring import probe, score
 from adaptive.tally import oracle
 
@@ -51,13 +52,14 @@ def middle(model, rows):
     [{}, {"head": "block"}, {"head": "block", "head_kv": "shared"}, {"gate": "max_prob"}, {"gate": "similarity"}],
     ids=["linear", "own", "shared", "max_prob", "similarity"],
 )
-def test_what_decoding_said_is_scored_as_decoding_said_it(family, config):
+@pytest.mark.parametrize("kind", [ExitPolicy, partial(DecayingPolicy, length=NEW)], ids=["fixed", "decaying"])
+def test_what_decoding_said_is_scored_as_decoding_said_it(family, config, kind):
     model = with_exits(family, **config)
     prompt = torch.randint(3, VOCAB, (1, 7), generator=torch.Generator().manual_seed(3))
     settings = dict(do_sample=True, seed=1, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True)
     scores = model.generate(input_ids=prompt, probe=True, **settings).trace.scores[0]
     # Between two scores: rounding must not decide.
-    policy = ExitPolicy(tuple(np.sort(scores, axis=0)[NEW // 2 - 1 : NEW // 2 + 1].mean(0)))
+    policy = kind(tuple(np.sort(scores, axis=0)[NEW // 2 - 1 : NEW // 2 + 1].mean(0)))
     out = model.generate(input_ids=prompt, policy=policy, **settings)
     assert len(set(out.trace.taken[0].tolist())) > 1, "one depth only proves little"
     said = out.sequences[0, 7:].tolist()
@@ -138,6 +140,11 @@ def test_a_shortlist_scores_a_distribution_over_the_whole_vocabulary(screen):
                 assert got.unlisted[row, place] == VOCAB - 20
                 assert shares[got.said[row, place]] == shares.max()
                 assert screen or 40 <= got.said[row, place] < 60
+
+
+def test_a_budget_is_refused():
+    with pytest.raises(ValueError, match="token after token"):
+        score(with_exits(), texts(1), [BudgetPolicy((0.5, 0.5), mean_depth=2)])
 
 
 def test_candidates_of_each_row_are_looked_up_in_that_row():
