@@ -112,8 +112,13 @@ def assert_metrics(found, expected, rel=1e-4):
                 assert found[task][name] == pytest.approx(value, rel=rel), (task, name)
 
 
-def test_full_is_plain_hf_and_scores_move_with_depth(place):
-    lm = adaptive(place, "full;exit=1;exit=2;exit=3", batch_size=4)
+def test_full_is_plain_hf_and_exits_that_know_nothing_are_at_chance(place):
+    exits = ExitConfig(depths=[1, 2, 3], head="linear", rank=8)
+    model = EarlyExitModel.from_backbone(str(place / "model"), exits)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.exits.heads.parameters():
+        torch.nn.init.normal_(weight, generator=generator)
+    lm = AdaptiveLM(model, "full;exit=1;exit=2;exit=3", folder=str(place / "model"), batch_size=4)
     plain, expected = evaluated(HFLM(str(place / "model"), device="cpu", batch_size=4), place)
     found = {}
     for name in list(lm.policies):
@@ -123,18 +128,14 @@ def test_full_is_plain_hf_and_scores_move_with_depth(place):
             assert_metrics(found[name], plain)
             assert_same(list(answers.values()), list(expected.values()), 1e-4)
     accuracy = [found[name]["choices"]["acc,none"] for name in lm.policies]
-    # The choices' second words are as likely at every depth, so that exits are not quite at the chance of a quarter.
-    assert accuracy[0] > 0.6 and max(accuracy[1:]) < accuracy[0], accuracy
+    chance, error = 1 / 4, math.sqrt(1 / 4 * 3 / 4 / 32)  # of four choices, over 32 documents
+    assert accuracy[0] > 0.8 and all(abs(value - chance) < 3 * error for value in accuracy[1:]), accuracy
     perplexity = [found[name]["words"]["perplexity,none"] for name in lm.policies]
-    assert (
-        min(perplexity[1:]) > 1.2 * perplexity[0]
-        and perplexity[1] > 2 * perplexity[0]
-        and len({round(value, 3) for value in perplexity}) == 4
-    )
+    assert min(perplexity[1:]) > 5 * perplexity[0] and len(set(perplexity)) == 4, perplexity
     statistics = {name: lm.summaries(name)["all"] for name in lm.policies}
     assert [round(found["mean_depth"]) for found in statistics.values()] == [4, 1, 2, 3]
     costs = [found["relative_flops"] for found in statistics.values()]
-    assert costs[0] == 1 and costs[1] < costs[2] < costs[3] < 1.001
+    assert costs[0] == 1 and costs[1] < costs[2] < costs[3] < 1.1
 
 
 def test_an_exit_is_the_sliced_checkpoint_document_by_document(place):
