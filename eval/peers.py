@@ -257,6 +257,9 @@ def judged(side: Side, model, proof: list, report: list, full: list, config: Pee
         answers, found = side.answer(proof, point)
         losses.append(harms(model, proof, answers, config))
         shares.append(found.mean_depth / found.layers)
+        # The sequence ends at the first point that fails; what harms twice as much as allowed fails on any half, too.
+        if losses[-1].mean() > 2 * config.epsilon:
+            break
     losses, seconds = np.array(losses), time.perf_counter() - begun
     broken, saved, half = 0, [], len(proof) // 2
     for _ in range(config.resplits):
