@@ -1,6 +1,5 @@
-# make demo: from a bare machine to a certified frontier (TEXTS=folder trains on its texts, too).
+# make demo: from a bare machine to a certified frontier and its leaderboard (TEXTS=folder trains on its texts, too).
 # make test: set up, lint, run the tests.
-# make board: after the demo, a leaderboard of its exits.
 # make leaderboard: the page under results/, from the result files there.
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +12,7 @@ PROMPTS := $(RUN)/text/prompts.json
 TESTS   ?= tests
 CORES   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo board leaderboard test clean
+.PHONY: demo leaderboard test clean
 
 demo: export OMP_NUM_THREADS := $(CORES)
 demo: $(STAMP)
@@ -22,9 +21,6 @@ demo: $(STAMP)
 		train/exits.py --config configs/demo.yaml --resume $(if $(TEXTS),--data $(RUN)/text/train.safetensors $(RUN)/text/local.safetensors)
 	$(BIN)/python train/calibrate.py --run $(RUN) --prompts $(PROMPTS) --config configs/demo_calibrate.yaml
 	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
-
-# The demo's page: scores through its exits on local tasks, minutes more.
-board: demo
 	$(BIN)/python eval/harness.py --config configs/demo_scores.yaml
 	$(BIN)/python eval/leaderboard.py --results $(RUN)/scores --output $(RUN)/leaderboard
 
