@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 MOST = 8  # states at once; from about 16 on, the usual way is as fast
+PLAIN = (Tensor, nn.Parameter)
 
 
 class _Turned(TorchFunctionMode):
     """Within it, `linear` is turned. A mode, since the layers belong to the user's model, which is not changed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and not kwargs and args[1].dtype == torch.float32 and few(args[0]):
+        # Other types of weights (quantized ones) know no other product.
+        if func is nn.functional.linear and not kwargs and type(args[1]) in PLAIN and few(args[0]):
             states, weight, *bias = args
             out = torch.mm(weight, states.reshape(-1, states.shape[-1]).t()).t()
             out = out + bias[0] if bias and bias[0] is not None else out.contiguous()
@@ -30,7 +32,7 @@ class _Turned(TorchFunctionMode):
 
 def few(states: Tensor) -> bool:
     """Returns whether these states [..., hidden] are so few that turning pays, where it does at all."""
-    return pays(states.device) and 1 < states.numel() // states.shape[-1] <= MOST
+    return states.dtype == torch.float32 and pays(states.device) and 1 < states.numel() // states.shape[-1] <= MOST
 
 
 def pays(device: torch.device) -> bool:
