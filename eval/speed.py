@@ -35,6 +35,7 @@ class SpeedConfig(Checked):
         new_tokens: tokens that every row generates
         prompt_tokens: tokens of every prompt
         prompts: "sampled" by the model, "random" tokens, or a text file to take pieces of
+        only: beginnings of names of engines to time beside transformers and the own full depth; none = all
         shares: percent of the tokens that leave, one forced pattern each
         rounds: timed runs of every engine
         threads: of torch; none = its default
@@ -50,6 +51,7 @@ class SpeedConfig(Checked):
     new_tokens: int = 48
     prompt_tokens: int = 64
     prompts: str = "sampled"
+    only: list[str] = field(default_factory=list)
     shares: list[int] = field(default_factory=lambda: [25, 50, 75])
     rounds: int = 5
     threads: int | None = None
@@ -289,7 +291,8 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
         for index, depth in enumerate(trained.depths):
             always = ExitPolicy.always(index, trained.num_exits)
             found[f"verified_all_at_{depth}"] = partial(ours, model=trained, policy=always, kv="verify")
-    return found
+    wanted = (*REFERENCES, *config.only) if config.only else ("",)
+    return {name: engine for name, engine in found.items() if name.startswith(wanted)}
 
 
 @cache

@@ -176,9 +176,10 @@ def test_a_trained_run_is_timed_under_its_own_policy(speed, tmp_path):
     model.save_pretrained(tmp_path / "run")
     config = speed.SpeedConfig(
         model=str(tmp_path / "run"), batch_sizes=[1], shares=[], dtype="bfloat16", new_tokens=NEW, prompt_tokens=6,
-        rounds=1, output=str(tmp_path / "speed.json"))
+        rounds=1, only=["certified", "verified"], output=str(tmp_path / "speed.json"))
     document = speed.main(config)
     found = engines(document, 1)
+    assert "hf_static" not in found and "hf_dynamic" in found
     assert found["certified"]["exits"] == [1, 2, 3] and found["certified"]["shares"] == [0, 0, 1, 0]
     for name in ("verified_certified", "verified_all_at_1", "verified_all_at_2", "verified_all_at_3"):
         assert found[name]["tokens_as_hf"] == 1 and 0 < found[name]["ideal"]["flops"] <= 1
