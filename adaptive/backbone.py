@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adaptive.anatomy import find_blocks, find_decoder, find_norm, linear_size, linear_weights
 from adaptive.kv import KV, Filled, PackedFill, alike
+from adaptive.turned import turned
 
 _SWAP = threading.Lock()
 
@@ -117,6 +118,7 @@ class Backbone:
             self.decoder(**kwargs)
         return calls[0][0], [call[1:] for call in calls]
 
+    @turned
     def run(self, hidden: Tensor, calls: list, first: int, last: int, drop: Tensor | None = None) -> Tensor:
         """Returns the state [batch, tokens, hidden] after blocks first..last-1.
 
@@ -125,10 +127,8 @@ class Backbone:
             calls: block arguments from `start`.
             drop: [blocks, batch] True where a row skips a block (layer dropout), or None.
         """
-        blocks = self.blocks
-        for index in range(first, last):
-            args, kwargs = calls[index]
-            out = blocks[index](hidden, *args, **kwargs)
+        for index, (block, (args, kwargs)) in list(enumerate(zip(self.blocks, calls)))[first:last]:
+            out = block(hidden, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             hidden = out if drop is None else torch.where(drop[index][:, None, None], hidden, out)
         return hidden
@@ -163,6 +163,7 @@ class Backbone:
         finally:
             cache.stop = False
 
+    @turned
     def logits(self, normed: Tensor, ids: Tensor | None = None) -> Tensor:
         """Returns logits [..., vocabulary], or [..., len(ids)] for these vocabulary entries only.
 
@@ -171,11 +172,10 @@ class Backbone:
             ids: vocabulary entries [entries], or None for all.
         """
         if ids is None:
-            out = self.head(normed)
-        else:
-            weight, bias = self.vocabulary(ids)
-            out = nn.functional.linear(normed, weight.to(normed.dtype), None if bias is None else bias.to(normed.dtype))
-        return self.cap(out)
+            return self.cap(self.head(normed))
+        weight, bias = self.vocabulary(ids)
+        bias = None if bias is None else bias.to(normed.dtype)
+        return self.cap(nn.functional.linear(normed, weight.to(normed.dtype), bias))
 
     def logit_of(self, normed: Tensor, ids: Tensor) -> Tensor:
         """Returns one logit per position [N], float32: of entry `ids` [N] for normed states [N, hidden]."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.backbone import Backbone
-from adaptive.drafting import Drafting
+from adaptive.drafting import SEVERAL, SHARED, Drafting
 from adaptive.lanes import Tokens
 from adaptive.policy import ExitPolicy
 from adaptive.sampling import generators, pick
+from adaptive.turned import pays
 from adaptive.verify import Speculation
 from adaptive.walk import Walk
 
@@ -59,7 +60,8 @@ def decode(
     sources = generators(seed, input_ids) if generation_config.do_sample else None
     if kv == "verify" and any(walk.asked) and not probe:
         units = model.costs.units()
-        plans = [Drafting(*units, walk.asked) for _ in input_ids]
+        several = SHARED if pays(input_ids.device) and model.dtype == torch.float32 else SEVERAL
+        plans = [Drafting(*units, walk.asked, several) for _ in input_ids]
         loop = Speculation(walk, logits_processor, stopping_criteria, generation_config, sources, plans, streamer)
         ids, scores, logits = loop.run()
     else:

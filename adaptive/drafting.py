@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 # What a pass takes more as soon as it has several tokens. SmolLM2-135M, float32, one CPU thread: 2 tokens take 1.6
-# times as long as one, 3 to 9 tokens twice, 17 tokens 2.9 times; an accelerator hardly notices.
-SEVERAL = 1.0
+# times as long as one, 3 to 9 tokens twice, 17 tokens 2.9 times. Where `turned.py` helps, 4 take as long as one, and 8
+# 1.3 times; an accelerator hardly notices.
+SEVERAL, SHARED = 1.0, 0.25
 LONGEST = 8  # drafts before the full model judges
 CREDIT = 1.0  # tokens at full depth that drafting may cost more than it has saved, before it is given up
 PRIOR = (6.0, 7.0)  # drafts kept, and judged, that a row starts with: worth a few tries
@@ -26,11 +27,14 @@ class Drafting:
         heads: [exits] weights of each exit's gate and head.
         last: weights of the full model's LM head.
         open: [exits] bool, which exits may be taken.
+        several: what a pass takes more as soon as it has several tokens.
     """
 
-    def __init__(self, segments: Sequence[int], heads: Sequence[int], last: int, open: Sequence[bool]):
+    def __init__(
+        self, segments: Sequence[int], heads: Sequence[int], last: int, open: Sequence[bool], several: float = SEVERAL
+    ):
         self.segments, self.heads, self.last = np.asarray(segments, float), np.asarray(heads, float), float(last)
-        self.full = self.segments.sum() + self.last
+        self.full, self.several = self.segments.sum() + self.last, several
         self.kept, self.judged, self.balance = *PRIOR, 0.0
         # Until something was drafted, the deepest open exit stands for where drafts leave.
         deepest = max((index for index, is_open in enumerate(open) if is_open), default=0)
@@ -43,7 +47,7 @@ class Drafting:
     def passed(self, taken: int, headed: np.ndarray, behind: np.ndarray) -> None:
         """Notes one pass of the row: where it left, which heads it asked, and who ran with it ([exits] each)."""
         deep = taken == len(self.heads)
-        share = 1 + SEVERAL * (np.append(0, behind) > 0)
+        share = 1 + self.several * (np.append(0, behind) > 0)
         self.balance -= (self.segments * share)[: taken + 1].sum() + self.heads[headed].sum()
         if deep:
             self.balance -= self.last * share[-1]
@@ -65,5 +69,5 @@ class Drafting:
             return 0
         rate, ran, read = self.kept / self.judged, self.ran / self.drafts, self.read / self.drafts
         counts = np.arange(LONGEST + 1)
-        took = self.full + counts * (ran + read) + SEVERAL * (self.full - ran) * (counts > 0)
+        took = self.full + counts * (ran + read) + self.several * (self.full - ran) * (counts > 0)
         return min(int(np.argmax(np.cumsum(rate**counts) / took)), 1 + int(self.kept - PRIOR[0]))

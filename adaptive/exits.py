@@ -15,6 +15,7 @@ from adaptive.backbone import Backbone
 from adaptive.config import ExitConfig
 from adaptive.losses import prior_shift
 from adaptive.screen import Screen, exact_logits
+from adaptive.turned import turned
 
 BASELINES = ("max_prob", "margin", "entropy", "similarity")
 
@@ -77,6 +78,7 @@ class Head(nn.Module):
             self.blocks = nn.ModuleList(plain_copy(backbone.blocks[i]) for i in self.sources)
         self.norm = copy.deepcopy(backbone.norm)
 
+    @turned
     def forward(self, state: Tensor, calls: list | None = None) -> Tensor:
         """Returns the normed state [batch, tokens, hidden].
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from adaptive.turned import turned
+
 
 class Filled(Exception):
     """Raised inside a block, right after it has written its K/V, to leave out the rest of it."""
@@ -234,6 +236,7 @@ class PackedFill:
         names = ("input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
         return tuple((w.data_ptr(), w._version) for b in blocks for w in map(b.get_parameter, names))
 
+    @turned
     def project(self, state: Tensor, calls: list, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Returns K and V [blocks, rows, kv heads, tokens, head dim] of blocks first..last-1 for a state [rows, tokens,
         hidden], at the positions that their `calls` were recorded for."""

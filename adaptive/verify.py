@@ -89,6 +89,8 @@ class Speculation:
             live = [row for row in live if not row.ended]
             if not live:
                 break
+            if not any(row.plan.limit or row.drafts for row in live):
+                self.walk.asked = [False] * len(self.walk.asked)  # who has given up drafting does not come back to it
             due = np.array([self._due(row) for row in live])
             logits = self.walk.step(np.array([row.index for row in live]), due)
         if self.streamer is not None:

@@ -10,6 +10,8 @@ neighbours, nor pays for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -139,6 +141,8 @@ class Walk:
         if self.probe:
             self.now["regret"] = np.full((size, count), np.nan, np.float32)
         self.newest, self.narrowed, self.checked = self.tokens.length - 1, {}, []
+        self.parts: list[tuple[np.ndarray, Tensor]] = []  # rows that have left, and what they say: logits
+        self.unread: list[tuple[Cells, Tensor]] = []  # for the LM head: tokens, normed states
         self.kv.column, self.kv.rows, self.kv.cells = self.newest, None, None
         hidden, self.calls = self.backbone.start(*self.tokens.since(self.newest, self.members), self.kv)
         return hidden
@@ -174,11 +178,10 @@ class Walk:
         whose state is given, and on those that wait with them; returns the tokens and states of each pass."""
         first, last = self.stops[behind] if behind >= 0 else 0, self.stops[target]
         lane = self.lanes[behind] if behind >= 0 else None
-        newest = np.full(len(rows), self.newest)
         if lane is None:
-            passes = [Cells(rows, newest, self.newest)]
+            passes = [self._newest(rows)]
         else:
-            self.now["behind"][rows, behind:target] = (newest - lane.frontier[rows])[:, None]
+            self.now["behind"][rows, behind:target] = (self.newest - lane.frontier[rows])[:, None]
             passes = lane.waiting(rows, self.newest)
         done = []
         for cells in passes:
@@ -197,7 +200,6 @@ class Walk:
             due: [members] bool, who is not asked.
             prefilled: states [members, 1, hidden] at every exit and at full depth, if the blocks have been run already.
         """
-        parts: list[tuple[np.ndarray, Tensor]] = []  # rows, and their logits
         said: dict[int, Tensor] = {}
         rows, state, behind = np.arange(len(self.members)), hidden, -1
         for index in range(len(self.depths)):
@@ -210,28 +212,39 @@ class Walk:
                 self._keep(index, done)
             else:
                 state = prefilled[index][torch.as_tensor(rows, device=self.device)]
-            leave, logits = self._decide(index, rows, state, before, due[rows], said)
+            leave = self._decide(index, rows, state, before, due[rows], said)
             if leave.any():
-                parts.append((rows[leave], logits))
                 gone = torch.as_tensor(leave, device=self.device)
                 if prefilled is None and self.strategy == "propagate":
                     self._fill(index, rows[leave], state[gone])
                 rows, state = rows[~leave], state[~gone]
             if not len(rows):
-                return self._joined(parts)
+                return self._spoken()
         if prefilled is None:
             done = self._run(behind, len(self.depths), rows, state)
         else:
-            newest = Cells(rows, np.full(len(rows), self.newest), self.newest)
-            done = [(newest, prefilled[-1][torch.as_tensor(rows, device=self.device)])]
-        full = self._judge(done, rows)
+            done = [(self._newest(rows), prefilled[-1][torch.as_tensor(rows, device=self.device)])]
         self.now["taken"][rows] = len(self.depths)
+        logits = self._spoken(done)
         for index, ids in said.items():
-            self.now["regret"][rows, index] = regret(full, ids).cpu().numpy()
-        return self._joined([*parts, (rows, full)])
+            self.now["regret"][rows, index] = regret(logits, ids).cpu().numpy()
+        return logits
 
-    def _joined(self, parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
-        """Returns logits [members, vocabulary] from those of disjoint rows that are all members together."""
+    def _spoken(self, done: Sequence[tuple[Cells, Tensor]] = ()) -> Tensor:
+        """Returns logits [members, vocabulary] of the newest tokens: what the exits have said, and the full depth on
+        the passes that got there. Whoever is read by the whole LM head is read in one product: its weights, which many
+        blocks weigh up to, are fetched once."""
+        for cells, states in done:
+            if self.strategy != "verify":  # only a judgement is about the tokens that have waited
+                cells, states = self._newest(cells.rows), cells.newest(states)
+            self.unread.append((cells, self.backbone.norm(cells.flat(states))))
+        parts = self.parts  # rows, and their logits
+        if self.unread:
+            passes, normed = zip(*self.unread, strict=True)
+            logits = self.backbone.logits(normed[0] if len(normed) == 1 else torch.cat(normed)).float()
+            read = list(zip(passes, logits.split([len(part) for part in normed]), strict=True))
+            parts = parts + [(cells.rows, cells.newest(cells.shaped(each))[:, 0]) for cells, each in read]
+            self.checked = read[len(read) - len(done) :] if self.strategy == "verify" else []
         if len(parts) == 1:
             return parts[0][1]
         out = parts[0][1].new_empty(len(self.members), self.backbone.vocab_size)
@@ -239,51 +252,50 @@ class Walk:
             out[torch.as_tensor(rows, device=self.device)] = logits
         return out
 
-    def _judge(self, done: list[tuple[Cells, Tensor]], rows: np.ndarray) -> Tensor:
-        """Returns the full depth's logits [rows, vocabulary] of the newest tokens; keeps those of all, to verify."""
-        view = self.backbone
-        if self.strategy != "verify":
-            return view.logits(view.norm(gather(done, rows)))[:, 0].float()
-        full = [(cells, view.logits(view.norm(cells.flat(states))).float()) for cells, states in done]
-        self.checked = full
-        return gather([(cells, cells.shaped(logits)) for cells, logits in full], rows)[:, 0]
+    def _newest(self, rows: np.ndarray) -> Cells:
+        """Returns where the newest tokens of these rows are."""
+        return Cells(rows, np.full(len(rows), self.newest), self.newest)
 
     def _decide(
         self, index: int, rows: np.ndarray, state: Tensor, before: Tensor, due: np.ndarray, said: dict
-    ) -> tuple[np.ndarray, Tensor | None]:
-        """Asks one gate; returns which rows it lets out, [rows] bool, and the logits [left, vocabulary] of these."""
+    ) -> np.ndarray:
+        """Asks one gate; returns which rows it lets out, [rows] bool, and keeps what these say."""
         leave = np.zeros(len(rows), bool)
         if due.all():
-            return leave, None
+            return leave
         if due.any():
             asked = torch.as_tensor(~due, device=self.device)
             rows, state, before = rows[~due], state[asked], before[asked]
         gate, early = self.exits.gates[index], self.probe or self.exits.gates[index].reads_logits
-        logits, ids = self._head(index, rows, state) if early else (None, None)
+        logits, ids = self._read(index, self._head(index, rows, state)) if early else (None, None)
         scores = gate.score(state[:, 0], logits, before[:, 0]).float().cpu().numpy()
         self.now["scores"][rows, index] = scores
         if self.probe:
             said[index] = best(logits, ids)
-            return leave, None
+            return leave
         left = self.policy.leaves(index, scores, self._progress(rows))
         leave[~due] = left
         if left.any():
             gone = torch.as_tensor(left, device=self.device)
+            self.now["taken"][rows[left]] = index
             if early:
                 logits, ids = logits[gone], ids if ids is None or ids.dim() == 1 else ids[gone]
             else:
-                logits, ids = self._head(index, rows[left], state[gone])
-            self.now["taken"][rows[left]] = index
-            return leave, self._spread(logits.float(), ids)
-        return leave, None
+                normed = self._head(index, rows[left], state[gone])
+                if self.exits.sizes[index] is None:
+                    self.unread.append((self._newest(rows[left]), normed))
+                    return leave
+                logits, ids = self._read(index, normed)
+            self.parts.append((rows[left], self._spread(logits.float(), ids)))
+        return leave
 
     def _progress(self, rows: np.ndarray) -> Progress:
         """Returns what has become of these rows so far."""
         members = self.members[rows]
         return Progress(self.stops, self.now["context"][rows] - self.tokens.prompt[members], self.blocks[members])
 
-    def _head(self, index: int, rows: np.ndarray, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns an exit's logits [rows, entries] for the newest token of these rows, and whose they are."""
+    def _head(self, index: int, rows: np.ndarray, state: Tensor) -> Tensor:
+        """Returns the normed states [rows, hidden] that an exit's head makes of the newest tokens of these rows."""
         head, lane = self.exits.heads[index], self.heads[index]
         self.now["headed"][rows, index] = True
         if lane is None:
@@ -292,7 +304,11 @@ class Walk:
             normed = lane.shared_features(state, self._calls(rows))
         else:
             normed, self.now["caught_up"][rows, index] = lane.own_features(rows, self.tokens, self.members)
-        return self.exits.logits(self.backbone, index, normed[:, 0])
+        return normed[:, 0]
+
+    def _read(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns an exit's logits [rows, entries] for normed states [rows, hidden], and whose they are."""
+        return self.exits.logits(self.backbone, index, normed)
 
     def _spread(self, logits: Tensor, ids: Tensor | None) -> Tensor:
         """Returns logits [rows, vocabulary] from those of a shortlist; what is not on it cannot be said."""
@@ -312,6 +328,6 @@ class Walk:
     def _fill(self, index: int, rows: np.ndarray, state: Tensor) -> None:
         """Fills what lies beyond the exit from the state that the rows left with: K/V and deeper heads' states."""
         self.backbone.fill(state, self._calls(rows), self.depths[index], self.backbone.num_layers, self.kv)
-        cells = Cells(rows, np.full(len(rows), self.newest), self.newest)
+        cells = self._newest(rows)
         for deeper in range(index + 1, len(self.depths)):
             self._keep(deeper, [(cells, state)])

@@ -4,7 +4,7 @@
     python eval/speed.py --what decode --batch_sizes 1 --dtype bfloat16 --threads 2 --output results/speed-bf16.json
 
 Every round runs every engine once, each round in another order. Ratios are taken within a round; reported are median,
-smallest and largest over the rounds. Texts are the model's own samples.
+smallest and largest over the rounds.
 
 "train": an optimizer step on three exits of a frozen backbone, while exits move and while only gates do, over a
 forward pass of the backbone alone on the same tokens (no gradients, all logits, no K/V); and the memory that they take.
@@ -12,11 +12,13 @@ forward pass of the backbone alone on the same tokens (no gradients, all logits,
 the tokens leave at L/3 or 2L/3, whatever the gate says (it is asked all the same): that share of the rows at every
 token or, named `together`, all rows at that share of the tokens. `decode_` figures are without what comes up to the
 first new token. The ideal is `adaptive/costs.py` on the trace: by FLOPs, and by bytes of a row alone in its batch.
-Engines that refuse are listed with their error. The last line of stdout is one JSON document, which --output gets too.
+Prompts are the model's own samples, tokens at random, or pieces of a text file. Engines that refuse are listed with
+their error. The last line of stdout is one JSON document, which --output gets too.
 """
 
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from adaptive.checked import Checked, load_config
@@ -32,6 +34,8 @@ class SpeedConfig(Checked):
         batch_sizes: rows generated at once
         new_tokens: tokens that every row generates
         prompt_tokens: tokens of every prompt
+        prompts: "sampled" by the model, "random" tokens, or a text file to take pieces of
+        only: beginnings of names of engines to time beside transformers and the own full depth; none = all
         shares: percent of the tokens that leave, one forced pattern each
         rounds: timed runs of every engine
         threads: of torch; none = its default
@@ -46,6 +50,8 @@ class SpeedConfig(Checked):
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     new_tokens: int = 48
     prompt_tokens: int = 64
+    prompts: str = "sampled"
+    only: list[str] = field(default_factory=list)
     shares: list[int] = field(default_factory=lambda: [25, 50, 75])
     rounds: int = 5
     threads: int | None = None
@@ -60,6 +66,8 @@ class SpeedConfig(Checked):
         if not self.what or not self.batch_sizes or min(self.batch_sizes) < 1:
             found.append(f"`what` is {self.what}, `batch_sizes` {self.batch_sizes}; give one each, of 1 row or more")
         found += [f"`shares` has {share}; each must be from 0 to 100" for share in self.shares if not 0 <= share <= 100]
+        if self.prompts not in ("sampled", "random") and not Path(self.prompts).is_file():
+            found.append(f"`prompts`={self.prompts!r} is no file; give one, or sampled, or random")
         return found + self._below(0, "seed")
 
 
@@ -73,7 +81,6 @@ import itertools
 import json
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from time import perf_counter
 from timeit import timeit
 from types import SimpleNamespace
@@ -83,6 +90,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from adaptive.certify import load_tokenizer
 from adaptive.config import ExitConfig, LossConfig
 from adaptive.measure import Allocations, interleaved, spread
 from adaptive.model import EarlyExitModel
@@ -112,7 +120,7 @@ def main(config: SpeedConfig) -> dict:
     if "train" in config.what:
         document["train"] = time_training(config, trained or plain)
     if "decode" in config.what:
-        prompts = written(plain, max(config.batch_sizes), config.prompt_tokens, config.seed)
+        prompts = chosen(config, plain)
         document["decode"] = [time_decoding(config, plain, trained, prompts[:size]) for size in config.batch_sizes]
     write_json(Path(config.output), document)
     print(json.dumps(document, allow_nan=False))
@@ -139,6 +147,25 @@ def written(model: EarlyExitModel, rows: int, tokens: int, seed: int) -> Tensor:
     full, more = ExitPolicy.full(model.num_exits), tokens - 1
     return model.generate(start, attention_mask=torch.ones_like(start), policy=full, seed=seed, do_sample=True,
                           temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=more, min_new_tokens=more)
+
+
+def chosen(config: SpeedConfig, model: EarlyExitModel) -> Tensor:
+    """Returns prompts [rows, tokens].
+
+    Raises:
+        ValueError: the text file is too short.
+    """
+    rows, tokens = max(config.batch_sizes), config.prompt_tokens
+    if config.prompts == "sampled":
+        return written(model, rows, tokens, config.seed)
+    if config.prompts == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        return torch.randint(model.view.vocab_size, (rows, tokens), generator=generator).to(model.device)
+    text = Path(config.prompts).read_text(encoding="utf-8")
+    ids = torch.tensor(load_tokenizer(model)(text, add_special_tokens=False).input_ids, device=model.device)
+    if len(ids) < rows * tokens:
+        raise ValueError(f"{config.prompts} has {len(ids)} tokens; {rows} prompts of {tokens} are wanted")
+    return torch.stack([part[:tokens] for part in ids.tensor_split(rows)])
 
 
 def time_training(config: SpeedConfig, model: EarlyExitModel) -> dict:
@@ -216,8 +243,9 @@ def rates(engine: Callable) -> tuple[float, float]:
 
 def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel | None, prompts: Tensor) -> dict:
     """Returns the engines by name: streamer -> ids [rows, tokens] and, if the engine is ours, the trace."""
+    # No token ends a row. `min_new_tokens` would have it so as well, by a pass over the vocabulary for every token.
     settings = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "do_sample": False,
-                "max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens}
+                "max_new_tokens": config.new_tokens, "eos_token_id": -1}
     compiling = transformers.CompileConfig()
     compiling._compile_all_devices = True  # on a CPU it would not by itself
 
@@ -263,7 +291,8 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
         for index, depth in enumerate(trained.depths):
             always = ExitPolicy.always(index, trained.num_exits)
             found[f"verified_all_at_{depth}"] = partial(ours, model=trained, policy=always, kv="verify")
-    return found
+    wanted = (*REFERENCES, *config.only) if config.only else ("",)
+    return {name: engine for name, engine in found.items() if name.startswith(wanted)}
 
 
 @cache

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,15 +176,33 @@ def test_a_trained_run_is_timed_under_its_own_policy(speed, tmp_path):
     model.save_pretrained(tmp_path / "run")
     config = speed.SpeedConfig(
         model=str(tmp_path / "run"), batch_sizes=[1], shares=[], dtype="bfloat16", new_tokens=NEW, prompt_tokens=6,
-        rounds=1, output=str(tmp_path / "speed.json"))
+        rounds=1, only=["certified", "verified"], output=str(tmp_path / "speed.json"))
     document = speed.main(config)
     found = engines(document, 1)
+    assert "hf_static" not in found and "hf_dynamic" in found
     assert found["certified"]["exits"] == [1, 2, 3] and found["certified"]["shares"] == [0, 0, 1, 0]
     for name in ("verified_certified", "verified_all_at_1", "verified_all_at_2", "verified_all_at_3"):
         assert found[name]["tokens_as_hf"] == 1 and 0 < found[name]["ideal"]["flops"] <= 1
     assert found["certified"]["tokens_as_hf"] < 1
     assert found["full_depth"]["exits"] == [1, 2] and found["full_depth"]["tokens_as_hf"] == 1
     assert document["train"]["exits"]["rank"] == 4 and document["provenance"]["dtype"] == "bfloat16"
+
+
+def test_prompts_come_from_where_they_are_told(speed, tmp_path, monkeypatch):
+    model, text = EarlyExitModel.from_backbone(tiny(), ExitConfig(depths=[1], head="norm")), tmp_path / "some.txt"
+    text.write_text("abcdefghijklmnopq", encoding="utf-8")
+    monkeypatch.setattr(speed, "load_tokenizer", lambda model: lambda text, **_: SimpleNamespace(
+        input_ids=[ord(letter) - ord("a") for letter in text]))
+    settings = dict(batch_sizes=[1, 2], prompt_tokens=4)
+    found = speed.chosen(speed.SpeedConfig(prompts=str(text), **settings), model)
+    assert found.tolist() == [[0, 1, 2, 3], [9, 10, 11, 12]]
+    with pytest.raises(ValueError, match="17 tokens; 2 prompts of 9"):
+        speed.chosen(speed.SpeedConfig(prompts=str(text), **settings | {"prompt_tokens": 9}), model)
+    random = [speed.chosen(speed.SpeedConfig(prompts="random", seed=seed, **settings), model) for seed in (1, 1, 2)]
+    assert torch.equal(random[0], random[1]) and not torch.equal(random[0], random[2])
+    assert random[0].shape == (2, 4) and 0 <= random[0].min() and random[0].max() < VOCAB
+    with pytest.raises(ValueError, match="no file"):
+        speed.SpeedConfig(prompts=str(tmp_path / "missing.txt"))
 
 
 def test_faults_are_told_at_once(speed, tmp_path):
