@@ -21,7 +21,7 @@ import onnxruntime
 
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.sealed import unseal
-from adaptive.session import Session, Step
+from adaptive.session import Session, Step, give_back
 from adaptive.texts import Chat, Texts
 
 _POOL = threading.Lock()
@@ -78,13 +78,15 @@ class Runtime:
         """
         folder, threads = Path(folder), threads or _cores()
         manifest = unseal(folder)
+        texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
         options = _options(threads)
         names = [name for name in manifest["files"] if name.endswith(".onnx")]
         graphs = {name[:-5]: onnxruntime.InferenceSession(str(folder / name), options, ["CPUExecutionProvider"])
                   for name in names}  # fmt: skip
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
-        return cls(manifest, graphs, arrays, Texts(folder / "tokenizer.json", Chat(manifest["chat"])))
+        give_back()
+        return cls(manifest, graphs, arrays, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
         """Returns a policy by name.
