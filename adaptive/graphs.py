@@ -187,13 +187,13 @@ def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, gram: np.ndar
     section 3.2), all in one product.
 
     Every block's norm divides by the same rms; what it multiplies by goes into the weights. In: state [1, 1, hidden],
-    rotary cos and sin [blocks, 1, turned / 2]. Out: keys and values [blocks, kv heads, head dim]. `gram`: of states
+    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim]. `gram`: of states
     over their rms, or None.
     """
     graph = Graph(path, bits)
     graph.input("state", FLOAT, 1, 1, shape.hidden)
-    graph.input("cos", FLOAT, "blocks", 1, turned // 2)
-    graph.input("sin", FLOAT, "blocks", 1, turned // 2)
+    graph.input("cos", FLOAT, "blocks", turned // 2)
+    graph.input("sin", FLOAT, "blocks", turned // 2)
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     pieces: list[list[np.ndarray]] = [[], []]
     biases, norms, eps, count = [[], []], [], 0.0, 0
@@ -210,20 +210,13 @@ def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, gram: np.ndar
     packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias, gram))
     keys, values = graph.split(packed, count * narrow, count * narrow)
     dims = (count, shape.kv_heads, shape.head_dim)
-    keys, values = graph.reshape(keys, *dims), graph.reshape(values, *dims)
     if norms:
-        keys = graph.norm(keys, Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
+        keys = graph.norm(graph.reshape(keys, *dims), Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
         keys = graph.node("Mul", keys, graph.weight(np.stack([norm.weight for norm in norms])[:, None]))
-    graph.output(_turn(graph, keys, turned, shape.head_dim), "keys", FLOAT, *dims)
-    graph.output(values, "values", FLOAT, *dims)
+    # The operator takes blocks for positions: each has its own row of the tables.
+    keys, rows = graph.reshape(keys, 1, count, narrow), graph.weight(np.arange(count, dtype=np.int64)[None])
+    keys = graph.node("RotaryEmbedding", keys, rows, "cos", "sin", domain=MS, num_heads=shape.kv_heads,
+                      rotary_embedding_dim=turned if turned < shape.head_dim else 0)  # fmt: skip
+    graph.output(graph.reshape(keys, *dims), "keys", FLOAT, *dims)
+    graph.output(graph.reshape(values, *dims), "values", FLOAT, *dims)
     graph.save()
-
-
-def _turn(graph: Graph, x: str, turned: int, width: int) -> str:
-    """Rotary step on [.., heads, width] (Su et al. 2021, section 3.4.2): the halves of the first `turned` entries are
-    the pairs, what lies beyond stays."""
-    half = turned // 2
-    first, second, *rest = graph.split(x, *[half, half] + [width - turned] * (turned < width))
-    turned_first = graph.node("Sub", graph.node("Mul", first, "cos"), graph.node("Mul", second, "sin"))
-    turned_second = graph.node("Add", graph.node("Mul", second, "cos"), graph.node("Mul", first, "sin"))
-    return graph.node("Concat", turned_first, turned_second, *rest, axis=-1)

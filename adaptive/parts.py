@@ -67,7 +67,7 @@ class Writer:
                 graphs.segment(self.path(f"segment_{index}"), self.blocks(first, last), self.shape, first,
                                     len(self.ropes), self.bits)  # fmt: skip
                 self.bar.update()
-            graphs.features(self.path("final"), recipes.norm(self.view.norm), self.shape, 32)
+            final = self._norm("final", recipes.norm(self.view.norm))
             self.head = recipes.linear(self.view.head)
             if self.text is not None:
                 self.head.gram = gram(self.view.norm(self.text.state))
@@ -85,6 +85,7 @@ class Writer:
             "slots": self.slots,
             "segments": self.bounds,
             "exits": exits,
+            "final": final,
             "ropes": self.ropes,
             "rope_of": self.rope_of,
         }
@@ -108,6 +109,11 @@ class Writer:
             self.array("head_bias", recipes.array(head.bias))
         return name
 
+    def _norm(self, name: str, norm: recipes.Norm) -> dict:
+        """Writes a norm that stands alone; starting a graph for it would take longer than the norm."""
+        self.array(f"norm_{name}", norm.weight)
+        return {"norm": f"norm_{name}", "eps": norm.eps}
+
     def _vocabulary(self, name: str, head: recipes.Linear) -> None:
         graphs.vocabulary(self.path(name), head, self.shape, self.bits, self.view.softcap)
         self.bar.update()
@@ -115,8 +121,12 @@ class Writer:
     def _exit(self, index: int) -> dict:
         """Writes what one exit needs; returns its entry in the manifest."""
         depth = self.model.depths[index]
-        record = {"depth": depth, "segment": self.bounds.index(depth), "features": f"exit_{index}"}
-        record["slot"], record["borrowed"] = self._features(index)
+        record = {"depth": depth, "segment": self.bounds.index(depth), "slot": None, "borrowed": []}
+        if self.model.exits.kinds[index] == "norm":
+            record["features"] = self._norm(str(index), recipes.norm(self.model.exits.heads[index].norm))
+        else:
+            record["features"] = f"exit_{index}"
+            record["slot"], record["borrowed"] = self._features(index)
         self.bar.update()
         record |= self._entries(index)
         self.bar.update()

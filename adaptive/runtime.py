@@ -21,7 +21,7 @@ import onnxruntime
 
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.sealed import unseal
-from adaptive.session import Session, Step, give_back
+from adaptive.session import Session, Step, give_back, rms_norm
 from adaptive.texts import Chat, Texts
 
 _POOL = threading.Lock()
@@ -210,7 +210,8 @@ class Runtime:
 
     def logits(self, states: np.ndarray) -> np.ndarray:
         """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden] that `Session.prefill` gave."""
-        normed = self.graphs["final"].run(["normed"], {"state": states[None]})[0]
+        final = self.manifest["final"]
+        normed = rms_norm(states[None], self.arrays[final["norm"]], final["eps"])
         return self.graphs["vocabulary"].run(["logits"], {"normed": normed})[0][0]
 
     def tables(self, room: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,11 @@ def best(logits: np.ndarray, ids: np.ndarray | None) -> int:
     return int(logits.argmax()) if ids is None else int(ids[logits == logits.max()].min())
 
 
+def rms_norm(state: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Returns states [..., hidden] over their root mean square, times `weight` (Zhang & Sennrich 2019, eq. 4)."""
+    return state / np.sqrt(np.square(state).mean(-1, keepdims=True) + np.float32(eps)) * weight
+
+
 class Session:
     """Keys, values and states of one generation.
 
@@ -168,7 +173,7 @@ class Session:
                 return step
         if not ran:
             self._advance(done, len(self.manifest["segments"]))
-        normed = self._run("final", state=self.states[-1])["normed"]
+        normed = self._normed(self.manifest["final"], self.states[-1], [])
         step.logits = self._run("vocabulary", normed=normed)["logits"].reshape(-1)
         return step
 
@@ -179,7 +184,7 @@ class Session:
         if exit["slot"] is not None:
             normed, step.caught_up[index] = self._catch_up(index)
         else:
-            normed = self._run(exit["features"], state=state, **self._borrowed(exit["borrowed"]))["normed"]
+            normed = self._normed(exit["features"], state, exit["borrowed"])
         logits = self._run(exit["vocabulary"], normed=normed)["logits"].reshape(-1)
         if exit["entries"] == "picked":
             ids = highest(logits, exit["count"])
@@ -196,6 +201,12 @@ class Session:
         if "head_bias" in arrays:
             logits += arrays["head_bias"][ids]
         return logits if cap is None else np.tanh(logits / np.float32(cap)) * np.float32(cap)
+
+    def _normed(self, features: str | dict, state: np.ndarray, slots: list[int]) -> np.ndarray:
+        """Returns what the vocabulary reads, by a graph or by a norm alone."""
+        if isinstance(features, dict):
+            return rms_norm(state, self.runtime.arrays[features["norm"]], features["eps"])
+        return self._run(features, state=state, **self._borrowed(slots))["normed"]
 
     def _borrowed(self, slots: list[int]) -> dict[str, np.ndarray]:
         """Returns what a block head on the backbone's K/V needs: the newest token's own, and its position."""
@@ -226,9 +237,8 @@ class Session:
         """Fills what lies beyond the exit from the state that the token left with: K/V and deeper heads' states."""
         depth, layers, now = self.depths[index], self.manifest["layers"], self.length - 1
         if depth < layers:
-            kinds = self.manifest["rope_of"][depth:] if len(self.cos) > 1 else [0]
-            out = self._run(f"fill_{index}", state=state, cos=self.cos[kinds, now][:, None],
-                            sin=self.sin[kinds, now][:, None])  # fmt: skip
+            kinds = self.manifest["rope_of"][depth:]
+            out = self._run(f"fill_{index}", state=state, cos=self.cos[kinds, now], sin=self.sin[kinds, now])
             self.keys[depth:layers, :, now], self.values[depth:layers, :, now] = out["keys"], out["values"]
         for deeper in self.kept:
             if deeper > index:
