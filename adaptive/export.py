@@ -204,7 +204,7 @@ def _write_sources(folder: Path) -> None:
 def _finish(folder: Path, record: dict) -> None:
     """Writes the card and the requirements, and seals the folder."""
     record = json.loads(json.dumps(record, allow_nan=False))
-    needs = ["numpy", f"onnxruntime>={record['versions']['onnxruntime']}", "tokenizers"]
+    needs = ["numpy>=2", f"onnxruntime>={record['versions']['onnxruntime']}", "tokenizers"]
     needs += ["jinja2"] if record["chat"] and "jinja" in record["chat"] else []
     (folder / "requirements.txt").write_text("\n".join(needs) + "\n")
     size = sum(path.stat().st_size for path in folder.iterdir())

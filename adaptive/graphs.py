@@ -41,7 +41,7 @@ def borrowed_attention(graph: Graph, normed: str, block: Block, shape: Shape, sl
     """
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     bias = None if block.qkv.bias is None else block.qkv.bias[:wide]
-    query = graph.linear(normed, Linear(block.qkv.weight[:wide], bias))
+    query = graph.linear(normed, Linear(block.qkv.weight[:wide], bias, block.qkv.gram))
     if block.q_norm is not None:
         query = _per_head(graph, query, block.q_norm, shape.heads, shape.head_dim)
     tables = (f"cos_{block.rope}", f"sin_{block.rope}")
@@ -163,37 +163,15 @@ def vocabulary(path: Path, head: Linear, shape: Shape, bits: int, softcap: float
     graph.save()
 
 
-def screen(path: Path, preview: tuple[Linear, Linear], entries: int, table: dict, shape: Shape, bits: int,
-           softcap: float | None) -> None:  # fmt: skip
-    """Writes the graph of a shortlist that a preview picks: normed state [1, 1, hidden] -> logits [entries], ids.
+def preview(path: Path, down: Linear, up: Linear, shape: Shape, bits: int) -> None:
+    """Writes the graph of a screen: normed state [1, 1, hidden] -> previewed logits [1, 1, vocabulary].
 
-    The survivors' rows are gathered from a table that lies in a file already, and multiplied as they are.
-
-    Args:
-        path: of the graph.
-        preview: down and up, with the bias.
-        entries: of the shortlist.
-        table: `file`, `offset`, `dtype` and `rows` of the LM head's rows; `scale` [rows] where they are integers, and
-            `bias` [rows], or None.
-        shape: of the blocks.
-        bits: 32, or fewer: then the preview is stored in 8.
-        softcap: of the logits, or None.
+    `bits`: 32, or fewer: then what is wide is stored in 8, so that the survivors stay those that were trained with.
     """
     graph = Graph(path, 32 if bits == 32 else 8)
     graph.input("normed", FLOAT, 1, 1, shape.hidden)
-    scores = graph.linear(graph.linear("normed", preview[0], exact=True), preview[1])
-    ids = graph.node("TopK", scores, graph.weight(np.array([entries], np.int64)), outs=2, axis=-1, sorted=0)[1]
-    ids = graph.reshape(ids, entries)
-    rows = graph.mapped(table["file"], table["offset"], table["dtype"], table["rows"], shape.hidden)
-    rows = graph.node("Gather", rows, ids, axis=0)
-    if table["dtype"] != "float32":
-        rows = graph.node("Cast", rows, to=FLOAT)
-    logits = graph.reshape(graph.node("MatMul", rows, graph.reshape("normed", shape.hidden, 1)), entries)
-    for op, values in (("Mul", table["scale"]), ("Add", table["bias"])):
-        if values is not None:
-            logits = graph.node(op, logits, graph.node("Gather", graph.weight(values), ids, axis=0))
-    graph.output(_cap(graph, logits, softcap), "logits", FLOAT, entries)
-    graph.output(ids, "ids", INT64, entries)
+    scores = graph.linear(graph.linear("normed", down, exact=True), up)
+    graph.output(scores, "logits", FLOAT, 1, 1, len(up.weight))
     graph.save()
 
 
@@ -204,17 +182,18 @@ def _cap(graph: Graph, logits: str, softcap: float | None) -> str:
     return graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, cap)), cap)
 
 
-def fill(path: Path, blocks, shape: Shape, turned: int, bits: int) -> None:
+def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, gram: np.ndarray | None = None) -> None:
     """Writes the graph that projects one token's state to the K/V of skipped blocks (CALM, Schuster et al. 2022,
     section 3.2), all in one product.
 
     Every block's norm divides by the same rms; what it multiplies by goes into the weights. In: state [1, 1, hidden],
-    rotary cos and sin [blocks, 1, turned / 2]. Out: keys and values [blocks, kv heads, head dim].
+    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim]. `gram`: of states
+    over their rms, or None.
     """
     graph = Graph(path, bits)
     graph.input("state", FLOAT, 1, 1, shape.hidden)
-    graph.input("cos", FLOAT, "blocks", 1, turned // 2)
-    graph.input("sin", FLOAT, "blocks", 1, turned // 2)
+    graph.input("cos", FLOAT, "blocks", turned // 2)
+    graph.input("sin", FLOAT, "blocks", turned // 2)
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     pieces: list[list[np.ndarray]] = [[], []]
     biases, norms, eps, count = [[], []], [], 0.0, 0
@@ -228,23 +207,16 @@ def fill(path: Path, blocks, shape: Shape, turned: int, bits: int) -> None:
             norms.append(block.k_norm)
     bias = np.concatenate(biases[0] + biases[1]) if biases[0] else None
     ones = Norm(np.ones(shape.hidden, np.float32), eps)
-    packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias))
+    packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias, gram))
     keys, values = graph.split(packed, count * narrow, count * narrow)
     dims = (count, shape.kv_heads, shape.head_dim)
-    keys, values = graph.reshape(keys, *dims), graph.reshape(values, *dims)
     if norms:
-        keys = graph.norm(keys, Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
+        keys = graph.norm(graph.reshape(keys, *dims), Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
         keys = graph.node("Mul", keys, graph.weight(np.stack([norm.weight for norm in norms])[:, None]))
-    graph.output(_turn(graph, keys, turned, shape.head_dim), "keys", FLOAT, *dims)
-    graph.output(values, "values", FLOAT, *dims)
+    # The operator takes blocks for positions: each has its own row of the tables.
+    keys, rows = graph.reshape(keys, 1, count, narrow), graph.weight(np.arange(count, dtype=np.int64)[None])
+    keys = graph.node("RotaryEmbedding", keys, rows, "cos", "sin", domain=MS, num_heads=shape.kv_heads,
+                      rotary_embedding_dim=turned if turned < shape.head_dim else 0)  # fmt: skip
+    graph.output(graph.reshape(keys, *dims), "keys", FLOAT, *dims)
+    graph.output(graph.reshape(values, *dims), "values", FLOAT, *dims)
     graph.save()
-
-
-def _turn(graph: Graph, x: str, turned: int, width: int) -> str:
-    """Rotary step on [.., heads, width] (Su et al. 2021, section 3.4.2): the halves of the first `turned` entries are
-    the pairs, what lies beyond stays."""
-    half = turned // 2
-    first, second, *rest = graph.split(x, *[half, half] + [width - turned] * (turned < width))
-    turned_first = graph.node("Sub", graph.node("Mul", first, "cos"), graph.node("Mul", second, "sin"))
-    turned_second = graph.node("Add", graph.node("Mul", second, "cos"), graph.node("Mul", first, "sin"))
-    return graph.node("Concat", turned_first, turned_second, *rest, axis=-1)

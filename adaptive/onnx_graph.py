@@ -65,24 +65,13 @@ class Graph:
             tensor.raw_data = values.tobytes()
         else:
             self.data.write(b"\0" * (-self.data.tell() % PAGE))
-            self._outside(tensor, self.path.with_suffix(".bin").name, self.data.tell(), values.nbytes)
+            tensor.data_location = TensorProto.EXTERNAL
+            place = {"location": f"{self.path.stem}.bin", "offset": self.data.tell(), "length": values.nbytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
             self.data.write(values.data)
         self.weights.append(tensor)
         return tensor.name
-
-    def mapped(self, file: str, offset: int, dtype: str, *dims: int) -> str:
-        """Adds a constant that lies in another file already."""
-        self.count += 1
-        tensor = TensorProto(name=f"weight_{self.count}", data_type=TYPES[dtype], dims=dims)
-        self._outside(tensor, file, offset, int(np.prod(dims)) * np.dtype(dtype).itemsize)
-        self.weights.append(tensor)
-        return tensor.name
-
-    @staticmethod
-    def _outside(tensor: TensorProto, file: str, offset: int, length: int) -> None:
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=value)
 
     def save(self) -> None:
         """Writes the graph."""
@@ -99,7 +88,7 @@ class Graph:
             out = self.node("MatMul", x, self.weight(layer.weight.T))
         else:
             rows, inputs = layer.weight.shape
-            stored = [self.weight(part) for part in quantize(layer.weight, self.bits)]
+            stored = [self.weight(part) for part in quantize(layer.weight, self.bits, layer.gram)]
             settings = dict(K=inputs, N=rows, bits=self.bits, block_size=BLOCK, accuracy_level=self.level)
             out = self.node("MatMulNBits", x, *stored, domain=MS, **settings)
         return out if layer.bias is None else self.node("Add", out, self.weight(layer.bias))

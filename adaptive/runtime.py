@@ -21,7 +21,7 @@ import onnxruntime
 
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.sealed import unseal
-from adaptive.session import Session, Step
+from adaptive.session import Session, Step, give_back, rms_norm
 from adaptive.texts import Chat, Texts
 
 _POOL = threading.Lock()
@@ -78,13 +78,15 @@ class Runtime:
         """
         folder, threads = Path(folder), threads or _cores()
         manifest = unseal(folder)
+        texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
         options = _options(threads)
         names = [name for name in manifest["files"] if name.endswith(".onnx")]
         graphs = {name[:-5]: onnxruntime.InferenceSession(str(folder / name), options, ["CPUExecutionProvider"])
                   for name in names}  # fmt: skip
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
-        return cls(manifest, graphs, arrays, Texts(folder / "tokenizer.json", Chat(manifest["chat"])))
+        give_back()
+        return cls(manifest, graphs, arrays, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
         """Returns a policy by name.
@@ -208,7 +210,8 @@ class Runtime:
 
     def logits(self, states: np.ndarray) -> np.ndarray:
         """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden] that `Session.prefill` gave."""
-        normed = self.graphs["final"].run(["normed"], {"state": states[None]})[0]
+        final = self.manifest["final"]
+        normed = rms_norm(states[None], self.arrays[final["norm"]], final["eps"])
         return self.graphs["vocabulary"].run(["logits"], {"normed": normed})[0][0]
 
     def tables(self, room: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,8 @@ import platform
 import shutil
 import statistics
 import subprocess
+import tempfile
+import time
 import venv
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,6 +97,19 @@ class Row:
     forced: tuple[int, float] | None = None
 
 
+def called(*words, **environment: str) -> None:
+    """Runs a program.
+
+    Raises:
+        ValueError: it failed; with the last lines that it wrote.
+    """
+    words = [str(word) for word in words]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and "WARNING" not in line]
+        raise ValueError(f"`{' '.join(words)[:120]}` ended with status {done.returncode}: " + " | ".join(lines[-3:]))
+
+
 def environment(work: Path, name: str, packages: list[str], *more: list[str]) -> Path:
     """Returns the interpreter of a virtual environment with these packages; makes it if need be."""
     home, python = work / "venv" / name, work / "venv" / name / "bin" / "python"
@@ -103,7 +118,7 @@ def environment(work: Path, name: str, packages: list[str], *more: list[str]) ->
         shutil.rmtree(home, ignore_errors=True)
         venv.create(home, with_pip=True)
         for words in (packages, *more):
-            subprocess.run([python, "-m", "pip", "install", "-q", *words], check=True)
+            called(python, "-m", "pip", "install", "-q", *words)
         (home / "ready").touch()
     return python.absolute()
 
@@ -184,7 +199,7 @@ def rows_of(engine: str, work: Path, config: EnginesConfig) -> list[Row]:
                          "text-generation-with-past", "--weight-format", "int4", "--sym", "--group-size", "64",
                          "--ratio", "1.0", target],
         }[engine]  # fmt: skip
-        subprocess.run([str(word) for word in words], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        called(*words, HF_HUB_OFFLINE="1")
     return [Row(f"{engine} int4", engine, python, target)]
 
 
@@ -199,26 +214,32 @@ def requantized(work: Path, python: Path, gguf: str | None, kind: str, number: i
             "import sys, llama_cpp as l\np = l.llama_model_quantize_default_params()\np.ftype = int(sys.argv[3])\n"
             "p.allow_requantize = True\nsys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))"
         )
-        subprocess.run([python, "-c", code, gguf, str(target), str(number)], check=True, capture_output=True)
+        called(python, "-c", code, gguf, target, number)
     return target
 
 
 class Process:
-    """A row's worker at a number of threads."""
+    """A row's worker at a number of threads, and how long it took from its start to a prompt's first token."""
 
-    def __init__(self, row: Row, threads: int):
+    def __init__(self, row: Row, threads: int, prompt: list[int]):
         words = [row.python, WORKER, row.engine, row.model, threads]
         settings = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        self.row, self.threads = row, threads
+        self.row, self.threads, self.errors, began = row, threads, tempfile.TemporaryFile("w+"), time.perf_counter()
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True,
+                                        stderr=self.errors, text=True,
                                         env={**os.environ, **settings, "OMP_WAIT_POLICY": "PASSIVE"})  # fmt: skip
-        self.loaded, self.decode, self.prefill, self.last = self._read(), [], [], {}
+        self.decode, self.prefill, self.last = [], [], {}
+        self.loaded = self._read()
+        self.ask(prompt, 1)
+        self.cold = time.perf_counter() - began
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.row.label} with {self.threads} threads ended: status {self.process.wait()}")
+            status = self.process.wait()
+            self.errors.seek(0)
+            said = " | ".join(self.errors.read().strip().splitlines()[-3:])
+            raise RuntimeError(f"{self.row.label} with {self.threads} threads ended with status {status}: {said}")
         return json.loads(line)
 
     def ask(self, prompt: list[int], new: int) -> dict:
@@ -247,6 +268,7 @@ class Process:
             "prefill": [round(value, 1) for value in self.prefill],
             "prefill_median": round(statistics.median(self.prefill), 1),
             "load_seconds": round(self.loaded["load"], 2),
+            "first_token_seconds": round(self.cold, 2),
             "rss_mb": self.last["rss"],
             "peak_rss_mb": self.last["peak"],
             "model_mb": size_mb(self.row.model),
@@ -261,47 +283,59 @@ def main(config: EnginesConfig) -> dict:
     for engine in config.engines:
         try:
             rows += rows_of(engine, work, config)
-        except (subprocess.CalledProcessError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             missing[engine] = str(error)[:300]
             print(f"{engine} is left out: {missing[engine]}", flush=True)
     if not config.rounds:
         return {"missing": missing}
     generator, vocab = np.random.default_rng(0), 40000
     short, long = (generator.integers(100, vocab, size).tolist() for size in (config.prompt, config.long))
-    results = []
-    for threads in config.threads:
-        workers = [Process(row, threads) for row in rows]
-        for worker in workers:
-            worker.ask(short, 8)  # what is slow only once
-        for number in range(config.rounds):
-            for worker in workers[:: 1 if number % 2 == 0 else -1]:
-                worker.round(short, config.new, long)
-        results += [worker.result() for worker in workers]
-        print(table([result for result in results if result["threads"] == threads]), flush=True)
+    output, results = Path(config.output), []
+    if output.exists():  # of other numbers of threads, timed in another call
+        results = [r for r in json.loads(output.read_text())["results"] if r["threads"] not in config.threads]
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
+    for threads in config.threads:
+        found = timed(rows, threads, config, short, long, missing)
+        print(table(found), flush=True)
+        results += [{**result, "commit": commit} for result in found]
     document = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "settings": {name: getattr(config, name) for name in ("model", "prompt", "new", "long", "rounds")},
         "missing": missing,
-        "results": results,
+        "results": sorted(results, key=lambda r: r["threads"]),
     }
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(document, indent=1) + "\n")
-    plot(results, output.with_suffix(".png"))
+    plot(document["results"], output.with_suffix(".png"))
     return document
+
+
+def timed(rows: list[Row], threads: int, config: EnginesConfig, short: list[int], long: list[int], missing: dict):
+    """Returns the results of all rows at a number of threads, in interleaved rounds; what failed goes to `missing`."""
+    workers = []
+    for row in rows:
+        try:
+            workers.append(Process(row, threads, short))
+            workers[-1].ask(short, 8)  # what is slow only once
+        except RuntimeError as error:
+            missing[row.label] = str(error)[:300]
+            print(f"left out: {missing[row.label]}", flush=True)
+    for number in range(config.rounds):
+        for worker in workers[:: 1 if number % 2 == 0 else -1]:
+            worker.round(short, config.new, long)
+    return [worker.result() for worker in workers]
 
 
 def table(results: list[dict]) -> str:
     """Returns results as a Markdown table."""
-    lines = ["| engine | threads | decode tokens/s (range) | prefill | load s | RSS MB | model MB | install MB |",
+    lines = ["| engine | threads | tokens/s (range) | prefill | first token s | RSS MB | model MB | install MB |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for r in results:
         lines.append(
             f"| {r['engine']} | {r['threads']} | {r['decode_median']} ({min(r['decode'])}-{max(r['decode'])}) | "
-            f"{r['prefill_median']} | {r['load_seconds']} | {r['rss_mb']} | {r['model_mb']} | {r['install_mb']} |"
+            f"{r['prefill_median']} | {r['first_token_seconds']} | {r['rss_mb']} | {r['model_mb']} | "
+            f"{r['install_mb']} |"
         )
     return "\n".join(lines)
 
