@@ -171,20 +171,6 @@ def test_quantized_weights_are_close_and_multiplied_as_stored(bits, tmp_path):
     assert np.abs(rows * scales[:, None] - weight).max() <= scales.max() / 2 + 1e-6
 
 
-def test_what_is_read_decides_how_weights_are_rounded():
-    generator = np.random.default_rng(0)
-    weight = generator.standard_normal((40, 2 * BLOCK + 7)).astype(np.float32)
-    read = (generator.standard_normal((500, 9)) @ generator.standard_normal((9, weight.shape[1]))).astype(np.float32)
-
-    def wrong(*gram) -> float:
-        return float(np.square(read @ (restore(*quantize(weight, 4, *gram), 4, weight.shape[1]) - weight).T).mean())
-
-    assert wrong(read.T @ read) < 0.3 * wrong()
-    # Where inputs have nothing to do with each other, there is nothing to make up for.
-    apart = np.diag(np.diag(read.T @ read))
-    assert 0.9 < wrong(apart) / wrong() < 1.1
-
-
 def test_nothing_but_numpy_onnxruntime_and_tokenizers_is_needed(folder):
     code = (
         "import sys\nfor name in ('torch', 'transformers', 'adaptive', 'onnx'): sys.modules[name] = None\n"
