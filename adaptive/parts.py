@@ -11,7 +11,7 @@ from tqdm import tqdm
 from adaptive import graphs, recipes
 from adaptive.data import digest
 from adaptive.losses import prior_shift
-from adaptive.quantize import quantize_rows
+from adaptive.quantize import quantize, quantize_rows, restore
 
 
 class Writer:
@@ -86,14 +86,22 @@ class Writer:
             self.array(f"{name}_scale", scales)
 
     def _head_rows(self) -> str:
-        """Returns the name of the LM head's rows, to be read one by one; the embedding's where the two are tied."""
+        """Returns the name of the LM head's rows, to be read one by one.
+
+        They are as coarse as the head is as a product: better ones would give the survivors of a screen other logits
+        than the full depth gives them, and the folder judges its exits by its own full depth.
+        """
         embedding, head = self.view.inner.get_input_embeddings(), self.view.head
-        name = "embedding" if embedding.weight.data_ptr() == head.weight.data_ptr() else "head"
-        if not (self.folder / f"{name}.npy").exists():
-            self._table(name, recipes.array(head.weight))
         if head.bias is not None:
             self.array("head_bias", recipes.array(head.bias))
-        return name
+        if self.bits == 32 and embedding.weight.data_ptr() == head.weight.data_ptr():
+            return "embedding"
+        if not (self.folder / "head.npy").exists():
+            rows = recipes.array(head.weight)
+            if self.bits < 32:
+                rows = restore(*quantize(rows, self.bits), self.bits, rows.shape[1])
+            self._table("head", rows)
+        return "head"
 
     def _vocabulary(self, name: str, head: recipes.Linear) -> None:
         graphs.vocabulary(self.path(name), head, self.shape, self.bits, self.view.softcap)

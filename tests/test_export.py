@@ -142,6 +142,12 @@ def test_quantized_folders(precision, kind, tmp_path):
     runtime = Runtime.load(out, threads=1)
     for policy in ("full", [0, 0], [math.inf, 0]):
         assert len(list(runtime.generate(prompt(), 12, policy=policy))) == 12
+    if kind == "screen":  # the survivors' logits are those that the whole head gives them
+        state = np.random.default_rng(0).standard_normal((1, 1, 64)).astype(np.float32)
+        whole = runtime.graphs["vocabulary"].run(["logits"], {"normed": state})[0].ravel()
+        ids = np.arange(0, VOCAB, 3)
+        found = session.Session(runtime, 4)._exact("head", ids, state.ravel())
+        assert np.abs(found - whole[ids]).max() < 0.03 * np.abs(whole).max()
     if precision == "int8":
         ids = prompt(length=40)
         nll = outcomes.judge(Folder(out), [ids[:10]], [ids[10:]])[1]
