@@ -41,7 +41,7 @@ def borrowed_attention(graph: Graph, normed: str, block: Block, shape: Shape, sl
     """
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     bias = None if block.qkv.bias is None else block.qkv.bias[:wide]
-    query = graph.linear(normed, Linear(block.qkv.weight[:wide], bias, block.qkv.gram))
+    query = graph.linear(normed, Linear(block.qkv.weight[:wide], bias))
     if block.q_norm is not None:
         query = _per_head(graph, query, block.q_norm, shape.heads, shape.head_dim)
     tables = (f"cos_{block.rope}", f"sin_{block.rope}")
@@ -142,6 +142,16 @@ def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | N
     graph.save()
 
 
+def gate(path: Path, norm: Norm, layers: list[Linear], shape: Shape) -> None:
+    """Writes the graph of a learned gate: state [1, 1, hidden] -> logit [1, 1, 1]; Gelu is between its layers."""
+    graph = Graph(path, 32)
+    x = graph.norm(graph.input("state", FLOAT, 1, 1, shape.hidden), norm)
+    for index, layer in enumerate(layers):
+        x = graph.linear(x if index == 0 else graph.node("Gelu", x, domain=MS), layer)
+    graph.output(x, "logit", FLOAT, 1, 1, 1)
+    graph.save()
+
+
 def block_features(path: Path, norm: Norm, blocks, shape: Shape, first: int, kinds: int, bits: int, own: bool) -> None:
     """Writes the graph of a block head, with K/V of its own in slots from `first` on, or on the backbone's there."""
     graph = Graph(path, bits)
@@ -182,13 +192,12 @@ def _cap(graph: Graph, logits: str, softcap: float | None) -> str:
     return graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, cap)), cap)
 
 
-def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, gram: np.ndarray | None = None) -> None:
+def fill(path: Path, blocks, shape: Shape, turned: int, bits: int) -> None:
     """Writes the graph that projects one token's state to the K/V of skipped blocks (CALM, Schuster et al. 2022,
     section 3.2), all in one product.
 
     Every block's norm divides by the same rms; what it multiplies by goes into the weights. In: state [1, 1, hidden],
-    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim]. `gram`: of states
-    over their rms, or None.
+    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim].
     """
     graph = Graph(path, bits)
     graph.input("state", FLOAT, 1, 1, shape.hidden)
@@ -207,7 +216,7 @@ def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, gram: np.ndar
             norms.append(block.k_norm)
     bias = np.concatenate(biases[0] + biases[1]) if biases[0] else None
     ones = Norm(np.ones(shape.hidden, np.float32), eps)
-    packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias, gram))
+    packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias))
     keys, values = graph.split(packed, count * narrow, count * narrow)
     dims = (count, shape.kv_heads, shape.head_dim)
     if norms:

@@ -88,7 +88,7 @@ class Graph:
             out = self.node("MatMul", x, self.weight(layer.weight.T))
         else:
             rows, inputs = layer.weight.shape
-            stored = [self.weight(part) for part in quantize(layer.weight, self.bits, layer.gram)]
+            stored = [self.weight(part) for part in quantize(layer.weight, self.bits)]
             settings = dict(K=inputs, N=rows, bits=self.bits, block_size=BLOCK, accuracy_level=self.level)
             out = self.node("MatMulNBits", x, *stored, domain=MS, **settings)
         return out if layer.bias is None else self.node("Add", out, self.weight(layer.bias))

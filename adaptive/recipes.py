@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive.anatomy import plain_copy
 from adaptive.exits import GatedMLP
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
@@ -27,11 +28,10 @@ class Norm:
 
 @dataclass
 class Linear:
-    """weight [out, in], bias [out] or None; the Gram matrix [in, in] of what it reads, where it was watched."""
+    """weight [out, in], bias [out] or None."""
 
     weight: np.ndarray
     bias: np.ndarray | None = None
-    gram: np.ndarray | None = None
 
 
 @dataclass
@@ -145,16 +145,17 @@ def norm(module: nn.Module) -> Norm:
 
 def linear(*modules: nn.Module) -> Linear:
     """Returns several linear layers of one input as one."""
-    weight, gram = np.concatenate([array(module.weight) for module in modules]), getattr(modules[0], "gram", None)
+    weight = np.concatenate([array(module.weight) for module in modules])
     biases = [module.bias for module in modules]
     if all(bias is None for bias in biases):
-        return Linear(weight, None, gram)
+        return Linear(weight)
     filled = [array(b) if b is not None else np.zeros(len(m.weight), np.float32) for b, m in zip(biases, modules)]
-    return Linear(weight, np.concatenate(filled), gram)
+    return Linear(weight, np.concatenate(filled))
 
 
 def block(module: nn.Module, shape: Shape, window: int | None, rope: int) -> Block:
-    """Returns a block without adapters."""
+    """Returns a block; adapters are merged into a copy first."""
+    module = plain_copy(module)
     attention, gemma = module.self_attn, hasattr(module, "pre_feedforward_layernorm")
     packed = getattr(attention, "qkv_proj", None)
     qkv = linear(packed) if packed is not None else linear(attention.q_proj, attention.k_proj, attention.v_proj)

@@ -21,7 +21,7 @@ import onnxruntime
 
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.sealed import unseal
-from adaptive.session import Session, Step, give_back, rms_norm
+from adaptive.session import Session, Step, give_back
 from adaptive.texts import Chat, Texts
 
 _POOL = threading.Lock()
@@ -53,7 +53,7 @@ class Runtime:
     Attributes:
         manifest: what the folder says of itself.
         graphs: onnxruntime sessions by name.
-        arrays: embedding rows and gates by name.
+        arrays: vocabulary rows and shortlists by name.
         texts: tokenizer.
     """
 
@@ -210,8 +210,7 @@ class Runtime:
 
     def logits(self, states: np.ndarray) -> np.ndarray:
         """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden] that `Session.prefill` gave."""
-        final = self.manifest["final"]
-        normed = rms_norm(states[None], self.arrays[final["norm"]], final["eps"])
+        normed = self.graphs["final"].run(["normed"], {"state": states[None]})[0]
         return self.graphs["vocabulary"].run(["logits"], {"normed": normed})[0][0]
 
     def tables(self, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -239,10 +238,11 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # no slower, and 35 MB less for a prompt of 512 tokens
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
     with _POOL:
         if threads > 1 and _pool is None:
             onnxruntime.set_global_thread_pool_sizes(threads, 1)
             _pool = threads
     options.use_per_session_threads = _pool is None
+    if _pool is None:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
     return options

@@ -10,6 +10,7 @@ import numpy as np
 from onnxruntime import OrtValue
 
 SAMPLED = 16  # one score of so many says where the highest ones begin
+AT_ONCE = 128  # rows of the vocabulary: a CPU's cache holds them
 CHUNK = 128  # prompt tokens run at once; more of them need more memory, and are hardly faster
 
 
@@ -73,11 +74,6 @@ def highest(scores: np.ndarray, count: int) -> np.ndarray:
 def best(logits: np.ndarray, ids: np.ndarray | None) -> int:
     """Returns the vocabulary entry of the highest of the logits [entries]; the lowest id wins a tie."""
     return int(logits.argmax()) if ids is None else int(ids[logits == logits.max()].min())
-
-
-def rms_norm(state: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """Returns states [..., hidden] over their root mean square, times `weight` (Zhang & Sennrich 2019, eq. 4)."""
-    return state / np.sqrt(np.square(state).mean(-1, keepdims=True) + np.float32(eps)) * weight
 
 
 class Session:
@@ -173,7 +169,7 @@ class Session:
                 return step
         if not ran:
             self._advance(done, len(self.manifest["segments"]))
-        normed = self._normed(self.manifest["final"], self.states[-1], [])
+        normed = self._run("final", state=self.states[-1])["normed"]
         step.logits = self._run("vocabulary", normed=normed)["logits"].reshape(-1)
         return step
 
@@ -184,7 +180,7 @@ class Session:
         if exit["slot"] is not None:
             normed, step.caught_up[index] = self._catch_up(index)
         else:
-            normed = self._normed(exit["features"], state, exit["borrowed"])
+            normed = self._run(exit["features"], state=state, **self._borrowed(exit["borrowed"]))["normed"]
         logits = self._run(exit["vocabulary"], normed=normed)["logits"].reshape(-1)
         if exit["entries"] == "picked":
             ids = highest(logits, exit["count"])
@@ -194,19 +190,17 @@ class Session:
     def _exact(self, rows: str, ids: np.ndarray, normed: np.ndarray) -> np.ndarray:
         """Returns the LM head's logits of entries `ids` [entries] for one normed state [hidden]."""
         arrays, cap = self.runtime.arrays, self.manifest["softcap"]
-        # Row by row: as one product it would start threads of its own.
-        logits = np.vecdot(arrays[rows][ids].astype(np.float32), normed)
+        logits, wide = np.empty(len(ids), np.float32), np.empty((AT_ONCE, len(normed)), np.float32)
+        for start in range(0, len(ids), AT_ONCE):
+            chosen = ids[start : start + AT_ONCE]
+            wide[: len(chosen)] = arrays[rows][chosen]
+            # Row by row: as one product it would start threads of its own.
+            logits[start : start + AT_ONCE] = np.vecdot(wide[: len(chosen)], normed)
         if f"{rows}_scale" in arrays:
             logits *= arrays[f"{rows}_scale"][ids]
         if "head_bias" in arrays:
             logits += arrays["head_bias"][ids]
         return logits if cap is None else np.tanh(logits / np.float32(cap)) * np.float32(cap)
-
-    def _normed(self, features: str | dict, state: np.ndarray, slots: list[int]) -> np.ndarray:
-        """Returns what the vocabulary reads, by a graph or by a norm alone."""
-        if isinstance(features, dict):
-            return rms_norm(state, self.runtime.arrays[features["norm"]], features["eps"])
-        return self._run(features, state=state, **self._borrowed(slots))["normed"]
 
     def _borrowed(self, slots: list[int]) -> dict[str, np.ndarray]:
         """Returns what a block head on the backbone's K/V needs: the newest token's own, and its position."""
@@ -256,7 +250,8 @@ class Session:
         """Returns what a gate says, in [0, 1]."""
         kind = self.exits[index]["gate"]
         if kind in ("linear", "mlp"):
-            return self._learned(index, kind, state)
+            logit = float(self._run(f"gate_{index}", state=state[None, None])["logit"][0, 0, 0])
+            return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
         if kind == "similarity":
             cosine = float(state @ before) / max(float(np.sqrt((state @ state) * (before @ before))), 1e-8)
             return min(max((1 + cosine) / 2, 0.0), 1.0)
@@ -268,15 +263,6 @@ class Session:
             return min(max(value, 0.0), 1.0)
         second, first = np.partition(probs, -2)[-2:]
         return float(first if kind == "max_prob" else first - second)
-
-    def _learned(self, index: int, kind: str, state: np.ndarray) -> float:
-        arrays, exit = self.runtime.arrays, self.exits[index]
-        normed = state / np.sqrt(state @ state / len(state) + np.float32(exit["eps"]))
-        if kind == "mlp":
-            inner = np.vecdot(arrays[f"gate_{index}_in"], normed) + arrays[f"gate_{index}_in_bias"]
-            normed = np.array([0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in inner.tolist()], np.float32)
-        logit = float(normed @ arrays[f"gate_{index}"]) + exit["shift"]
-        return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
     def _bind(self, name: str, **arrays: np.ndarray) -> None:
         """Binds a graph to arrays for one token; what is not given is shared, or made."""

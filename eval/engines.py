@@ -21,7 +21,7 @@ class EnginesConfig(Checked):
 
     Attributes:
         folder: exported folder
-        model: the backbone's id or folder
+        model: the backbone's folder, or the default model's name
         gguf: GGUF file of the model, for llama.cpp; none = that of the default model's package
         engines: of adaptive, genai, openvino, llama, transformers
         threads: numbers of threads
@@ -58,7 +58,7 @@ PACKAGES = {
     "genai": (["onnxruntime-genai"], ["onnxruntime-genai", "onnx-ir", "onnx", "torch==2.13.0", "transformers"]),
     "openvino": (
         ["openvino-genai"],
-        ["torch==2.13.0", "transformers==5.5.4", "openvino", "openvino-tokenizers", "nncf", "datasets"],
+        ["torch==2.13.0", "transformers==5.5.4", "openvino", "openvino-tokenizers", "nncf", "datasets", "requests"],
     ),
     "llama": (["llama-cpp-python"], []),
     "transformers": (["torch==2.13.0", "transformers"], []),
@@ -101,7 +101,7 @@ def called(*words, **environment: str) -> None:
     """Runs a program.
 
     Raises:
-        ValueError: it failed; with the last lines that it wrote.
+        ValueError: with the last lines that it wrote.
     """
     words = [str(word) for word in words]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
@@ -137,18 +137,6 @@ def size_mb(path: Path) -> float:
     return round(sum(p.stat().st_size for p in files) / 1e6, 1)
 
 
-def plain_model(work: Path, model: str) -> Path:
-    """Returns the folder of the backbone in transformers' form."""
-    from adaptive.pretrained import resolve
-
-    path = Path(resolve(model))
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model))
-
-
 def forced_folders(work: Path, config: EnginesConfig, precision: str) -> list[tuple[str, Path]]:
     """Returns (what it says, folder) of the exports with untrained exits at a third and two thirds of the depth."""
     out = []
@@ -181,7 +169,9 @@ def rows_of(engine: str, work: Path, config: EnginesConfig) -> list[Row]:
             rows += [Row(f"third, {name}, full depth", engine, python, path),
                      Row(f"third, {name}, 50 % leave", engine, python, path, (0, 0.5))]  # fmt: skip
         return rows
-    plain = plain_model(work, config.model)
+    from adaptive.pretrained import resolve
+
+    plain = Path(resolve(config.model))
     if engine == "transformers":
         return [Row("transformers bf16", engine, python, plain)]
     if engine == "llama":
@@ -232,6 +222,7 @@ class Process:
         self.loaded = self._read()
         self.ask(prompt, 1)
         self.cold = time.perf_counter() - began
+        self.ask(prompt, 8)  # what is slow only once
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
@@ -288,11 +279,10 @@ def main(config: EnginesConfig) -> dict:
             print(f"{engine} is left out: {missing[engine]}", flush=True)
     if not config.rounds:
         return {"missing": missing}
-    generator, vocab = np.random.default_rng(0), 40000
-    short, long = (generator.integers(100, vocab, size).tolist() for size in (config.prompt, config.long))
-    output, results = Path(config.output), []
-    if output.exists():  # of other numbers of threads, timed in another call
-        results = [r for r in json.loads(output.read_text())["results"] if r["threads"] not in config.threads]
+    short, long = (np.random.default_rng(0).integers(100, 40000, n).tolist() for n in (config.prompt, config.long))
+    output = Path(config.output)  # it keeps what other calls timed with other numbers of threads
+    results = json.loads(output.read_text())["results"] if output.exists() else []
+    results = [result for result in results if result["threads"] not in config.threads]
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
     for threads in config.threads:
         found = timed(rows, threads, config, short, long, missing)
@@ -317,7 +307,6 @@ def timed(rows: list[Row], threads: int, config: EnginesConfig, short: list[int]
     for row in rows:
         try:
             workers.append(Process(row, threads, short))
-            workers[-1].ask(short, 8)  # what is slow only once
         except RuntimeError as error:
             missing[row.label] = str(error)[:300]
             print(f"left out: {missing[row.label]}", flush=True)
@@ -342,25 +331,19 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Draws decoding speed per engine and number of threads, with the range of the rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     threads = sorted({r["threads"] for r in results})
-    figure, axes = pyplot.subplots(1, len(threads), figsize=(6 * len(threads), 4), sharey=True, squeeze=False)
+    figure = Figure(figsize=(6 * len(threads), 4))
+    axes = figure.subplots(1, len(threads), sharey=True, squeeze=False)
     for axis, count in zip(axes[0], threads):
         chosen = [r for r in results if r["threads"] == count]
-        middle = [r["decode_median"] for r in chosen]
-        error = [
-            [m - min(r["decode"]) for m, r in zip(middle, chosen)],
-            [max(r["decode"]) - m for m, r in zip(middle, chosen)],
-        ]
+        middle = np.array([r["decode_median"] for r in chosen])
+        error = [middle - [min(r["decode"]) for r in chosen], [max(r["decode"]) for r in chosen] - middle]
         axis.barh([r["engine"] for r in chosen], middle, xerr=error, color="tab:blue")
         axis.set(title=f"{count} thread{'s' * (count > 1)}", xlabel="tokens/s, decoding at batch 1")
-        axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    axes[0][0].invert_yaxis()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ROWS = [
     ["lanes", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "states", "measure", "outcomes", "certify"]
-    + ["tally", "descent", "scoring", "provenance", "metrics", "probing", "reading"],
+    + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness", "plain", "parts", "folder", "export"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
