@@ -71,7 +71,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -82,6 +81,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+
+from adaptive.provenance import provenance
+from adaptive.runs import write_json
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 
@@ -283,20 +285,18 @@ def main(config: EnginesConfig) -> dict:
     output = Path(config.output)  # it keeps what other calls timed with other numbers of threads
     results = json.loads(output.read_text())["results"] if output.exists() else []
     results = [result for result in results if result["threads"] not in config.threads]
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
+    where = provenance()
     for threads in config.threads:
         found = timed(rows, threads, config, short, long, missing)
         print(table(found), flush=True)
-        results += [{**result, "commit": commit} for result in found]
+        results += [{**result, "commit": where["commit"]} for result in found]
     document = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "provenance": where,
         "settings": {name: getattr(config, name) for name in ("model", "prompt", "new", "long", "rounds")},
         "missing": missing,
         "results": sorted(results, key=lambda r: r["threads"]),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(output, document)
     plot(document["results"], output.with_suffix(".png"))
     return document
 

@@ -47,9 +47,6 @@ if __name__ == "__main__":
     CONFIG = load_config(FolderSpeedConfig)
 
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -57,6 +54,8 @@ import numpy as np
 
 from adaptive.costs import Costs
 from adaptive.policy import Trace
+from adaptive.provenance import provenance
+from adaptive.runs import write_json
 from adaptive.runtime import Runtime, Token
 from adaptive.session import Session
 
@@ -108,16 +107,13 @@ def main(config: FolderSpeedConfig) -> dict:
              "of_ideal": round(speedup / float(ideal), 3)}
         )  # fmt: skip
         print(results[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
     document = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "provenance": provenance("onnxruntime"),
         "settings": asdict(config) | {"precision": runtime.manifest["precision"]},
         "results": results,
     }
     if config.output:
-        Path(config.output).write_text(json.dumps(document, indent=1) + "\n")
+        write_json(Path(config.output), document)
     print(json.dumps(document))
     return document
 

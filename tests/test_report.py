@@ -186,7 +186,7 @@ def test_answer_is_shown_token_by_token(report, made, run):
     assert {exit for _, exit in shown["answers"]["full-depth"]} == {3} and min(exit for _, exit in early) < 3
     page = (run / "report" / "answer.html").read_text()
     assert "color-scheme:light dark" in page and not re.search(r"https?:|src=|<script|@import", page)
-    place = page.index("<h2>full-depth") if "<h2>full-depth" in page else 0
+    place = page.index("<h2>full-depth")
     for tokens in shown["answers"].values():
         assert all(re.fullmatch(r" ?<w\d+>", piece) for piece, _ in tokens)
         for piece, exit in tokens:
