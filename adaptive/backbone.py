@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.anatomy import find_blocks, find_decoder, find_norm, linear_size, linear_weights
-from adaptive.kv import KV, Filled, PackedFill, alike
+from adaptive.kv import KV, Filled, PackedFill, packs
 from adaptive.turned import turned
 
 _SWAP = threading.Lock()
@@ -133,21 +133,28 @@ class Backbone:
             hidden = out if drop is None else torch.where(drop[index][:, None, None], hidden, out)
         return hidden
 
-    def fill(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV) -> None:
+    def fill(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV, fitted=None) -> None:
         """Writes the K/V of skipped blocks first..last-1 by projecting the exit state with each block's own norm and
-        W_K, W_V (CALM, Schuster et al. 2022, section 3.2: the state is carried, not the projected K/V).
+        W_K, W_V (CALM, Schuster et al. 2022, section 3.2: the state is carried, not the projected K/V), or as `fitted`.
 
         Args:
             hidden: state [batch, tokens, hidden] that the tokens left with.
+            fitted: the exit's `fills.Fill`, or None.
         """
         if first == last:
             return
         if self.packs:
-            self.packed = self.packed or PackedFill(self.blocks)
-            for index, (keys, values) in enumerate(zip(*self.packed.project(hidden, calls, first, last), strict=True)):
+            projected = self.projections.project(hidden, calls, first, last, fitted)
+            for index, (keys, values) in enumerate(zip(*projected, strict=True)):
                 cache.write(first + index, keys, values)
             return
         self._fill_apart(hidden, calls, first, last, cache)
+
+    @property
+    def projections(self) -> PackedFill:
+        """The blocks' W_K and W_V in one, where `packs` says that there is such a thing."""
+        self.packed = self.packed or PackedFill(self.blocks)
+        return self.packed
 
     def _fill_apart(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV) -> None:
         """Runs each block until its K/V are written; most multiply W_Q before that, for nothing."""
@@ -325,24 +332,12 @@ class Backbone:
                 for handle in handles:
                     handle.remove()
             weights.append(sum(used))
-        self.packs = self._packs(hidden, calls, cache)
+        self.packs = packs(self.blocks, hidden, calls, cache)
         if self.packs:
             weights = [
                 block.self_attn.k_proj.weight.numel() + block.self_attn.v_proj.weight.numel() for block in self.blocks
             ]
         return weights
-
-    def _packs(self, hidden: Tensor, calls: list, cache: KV) -> bool:
-        """Returns whether one product gives the K/V that every block has just written, tried block by block."""
-        for index, block in enumerate(self.blocks):
-            try:
-                found = PackedFill(nn.ModuleList([block])).project(hidden, calls[index : index + 1], 0, 1)
-            except (AttributeError, KeyError, TypeError, RuntimeError):
-                return False
-            wanted = [buffer[index][:, :, : hidden.shape[1]] for buffer in (cache.keys, cache.values)]
-            if not all(map(alike, (part[0] for part in found), wanted)):
-                return False
-        return True
 
     def refresh(self) -> None:
         """Drops the packed projections if a weight has changed since they were made; called once per generation."""

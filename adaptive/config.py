@@ -26,6 +26,8 @@ class ExitConfig(Checked):
         shortlist: number of vocabulary entries that a head reads; none = all of them
         screen: rank of a preview of the LM head that picks each token's shortlist; none = one list, of frequent entries
         gate: state -> score: trained (linear, mlp) or a baseline (max_prob, margin, entropy, similarity)
+        fill: keys and values of skipped blocks: by a map fitted to what these would have made of the state (fitted), or
+            by their own weights (projected), as where they are of a form that no map is known for
         blocks: dotted path of the backbone's list of decoder blocks; none = found by itself
     """
 
@@ -37,6 +39,7 @@ class ExitConfig(Checked):
     shortlist: int | None | list[int | None] = None
     screen: int | None = None
     gate: Gate = "linear"
+    fill: Literal["fitted", "projected"] = "fitted"
     blocks: str | None = None
 
     def problems(self) -> list[str]:

@@ -60,6 +60,7 @@ class Descent:
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         valid = (self.wanted >= 0).any(-1)
         self.gone, self.row = ~valid, torch.arange(len(rows), device=device)
+        self.at = torch.full(valid.shape, -1, device=device)  # [lanes, columns], the exit that a token left at
         self.who = self.row.repeat(len(self.policies), 1)
         # Nothing deeper than this is looked at by anybody.
         self.bottom = 0 if not probe else self.view.num_layers
@@ -138,10 +139,23 @@ class Descent:
         _spread(self.kv, self.place[self.row], range(first, last))
         stem, left = self.state[:, 1:], self.gone[:, 1:]
         still = left.any()
+        if still and self.view.packs:
+            self._fill(stem, first, last)
         for block in range(first, last):
             out = self.view.run(stem, self.calls, block, block + 1)
             stem = torch.where(left[..., None], stem, out) if still else out
+        self.kv.given = {}
         self.state = torch.cat([self.first[index][self.row], stem], dim=1)
+
+    def _fill(self, stem: Tensor, first: int, last: int) -> None:
+        """Sees to it that blocks first..last-1 take the K/V of who has left from the fill of the exit he left at."""
+        at = self.at[:, 1:]
+        for exit, fill in enumerate(self.exits.fills):
+            which = at == exit
+            if fill is not None and which.any():
+                keys, values = self.view.projections.project(stem, self.calls, first, last, fill)
+                for block, *given in zip(range(first, last), keys, values):
+                    self.kv.given.setdefault(block, []).append((which[:, None, :, None], *given))
 
     def _ask(self, index: int) -> dict[int, Tensor]:
         """Asks one gate and reads the head where anybody leaves; returns by policy who leaves, [lanes, columns]."""
@@ -214,7 +228,9 @@ class Descent:
             return
         last = torch.tensor(asked, device=self.row.device)[:, None, None]
         self.before = torch.where(last, self.state[parents], self.before[parents])
-        self.state, self.row, self.gone = self.state[parents], self.row[parents], torch.stack(masks)
+        gone, at = torch.stack(masks), self.at[parents]
+        self.at = torch.where(gone & ~self.gone[parents], index, at)
+        self.state, self.row, self.gone = self.state[parents], self.row[parents], gone
         if self.length:
             self.calls = select_rows(self.all_calls, len(self.rows), self.row)
             if self.exits.shares_kv:  # a deeper head may read K/V of blocks that have been run already

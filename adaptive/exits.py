@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from adaptive.anatomy import linear_weights, plain_copy
 from adaptive.backbone import Backbone
 from adaptive.config import ExitConfig
+from adaptive.fills import Fill
 from adaptive.losses import prior_shift
 from adaptive.screen import Screen, exact_logits
 from adaptive.turned import turned
@@ -174,6 +175,11 @@ class Exits(nn.Module):
         dtype = backbone.norm_dtype
         self.heads.to(dtype)
         self.gates = nn.ModuleList(Gate(backbone, config.gate) for _ in kinds)
+        fitted = config.fill == "fitted" and backbone.packs
+        self.fills = nn.ModuleList(
+            Fill(backbone.projections, depth) if fitted and depth < backbone.num_layers else None
+            for depth in config.depths
+        )
         self.sizes = config.per_exit("shortlist")
         self.screen = Screen(backbone, config.screen) if config.screen is not None else None
         for index, size in enumerate(self.sizes):

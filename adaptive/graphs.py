@@ -192,12 +192,13 @@ def _cap(graph: Graph, logits: str, softcap: float | None) -> str:
     return graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, cap)), cap)
 
 
-def fill(path: Path, blocks, shape: Shape, turned: int, bits: int) -> None:
+def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, fitted: Linear | None = None) -> None:
     """Writes the graph that projects one token's state to the K/V of skipped blocks (CALM, Schuster et al. 2022,
     section 3.2), all in one product.
 
     Every block's norm divides by the same rms; what it multiplies by goes into the weights. In: state [1, 1, hidden],
-    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim].
+    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim]. `fitted`: the map to all
+    keys and then all values, in place of the blocks' own (`fills.Fill`).
     """
     graph = Graph(path, bits)
     graph.input("state", FLOAT, 1, 1, shape.hidden)
@@ -216,7 +217,8 @@ def fill(path: Path, blocks, shape: Shape, turned: int, bits: int) -> None:
             norms.append(block.k_norm)
     bias = np.concatenate(biases[0] + biases[1]) if biases[0] else None
     ones = Norm(np.ones(shape.hidden, np.float32), eps)
-    packed = graph.linear(graph.norm("state", ones), Linear(np.concatenate(pieces[0] + pieces[1]), bias))
+    own = Linear(np.concatenate(pieces[0] + pieces[1]), bias)
+    packed = graph.linear(graph.norm("state", ones), fitted or own)
     keys, values = graph.split(packed, count * narrow, count * narrow)
     dims = (count, shape.kv_heads, shape.head_dim)
     if norms:

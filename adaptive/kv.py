@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from adaptive.anatomy import plain_copy
 from adaptive.turned import turned
 
 
@@ -30,6 +31,8 @@ class KV(Cache):
         cells: None, or where tokens that form no rectangle are: rows [tokens], columns [tokens], and the columns
             [tokens, column + 1] that each may see, its own last. Each is then a batch entry of its own.
         stop: leave each block after its K/V are written (raises `Filled`).
+        given: per block, K/V that some of the tokens being run have from elsewhere: which of them, bool [rows, 1,
+            tokens, 1], their keys and their values.
         keys, values: per block [batch, kv heads, capacity, head dim], or None before the first write.
     """
 
@@ -43,6 +46,7 @@ class KV(Cache):
         self.cells: tuple[Tensor, Tensor, Tensor] | None = None
         self.batch = batch
         self.stop = False
+        self.given: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -51,6 +55,9 @@ class KV(Cache):
         if self.cells is not None:
             self._reserve(layer_idx, key_states, value_states)
             return self._scatter(self.keys[layer_idx], key_states), self._scatter(self.values[layer_idx], value_states)
+        for which, keys, values in self.given.get(layer_idx, []):
+            key_states = torch.where(which, keys, key_states)
+            value_states = torch.where(which, values, value_states)
         self.write(layer_idx, key_states, value_states)
         if self.stop:
             raise Filled
@@ -209,13 +216,13 @@ class PackedFill:
     Whether a block is one of these is not known from its names but tried (`Backbone._probe`).
 
     Args:
-        blocks: all blocks; `AttributeError` or `TypeError` if they have no such parts.
+        blocks: all blocks; `AttributeError`, `TypeError` or `ValueError` if they have no such parts.
     """
 
     def __init__(self, blocks: nn.ModuleList):
-        parts = [(b.input_layernorm, b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks]
+        parts = [plain_copy(nn.ModuleList(_parts(block))) for block in blocks]  # adapters merged
         if any(type(layer) is not nn.Linear for _, *layers in parts for layer in layers):
-            raise TypeError("adapted or quantized projections")
+            raise TypeError("projections of a type of their own")
         self.key = self.stamp(blocks)
         self.head_dim, self.eps = blocks[0].self_attn.head_dim, _epsilon(parts[0][0])
         weights, biases = [], []
@@ -233,16 +240,28 @@ class PackedFill:
     @staticmethod
     def stamp(blocks: nn.ModuleList) -> tuple:
         """Returns what changes when a weight that is packed does."""
-        names = ("input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
-        return tuple((w.data_ptr(), w._version) for b in blocks for w in map(b.get_parameter, names))
+        weights = (weight for block in blocks for part in _parts(block) for weight in part.parameters())
+        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
+    def unit(self, state: Tensor) -> Tensor:
+        """Returns states [..., hidden] divided by their root mean square: what the weights multiply."""
+        return _normed(state, self.eps).to(self.weight.dtype)
+
+    def of(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Returns weights [blocks, 2, kv size, hidden] and biases [blocks, 2, kv size] of blocks first..last-1."""
+        return self.weight[first:last], None if self.bias is None else self.bias[first:last]
 
     @turned
-    def project(self, state: Tensor, calls: list, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def project(self, state: Tensor, calls: list, first: int, last: int, fitted=None) -> tuple[Tensor, Tensor]:
         """Returns K and V [blocks, rows, kv heads, tokens, head dim] of blocks first..last-1 for a state [rows, tokens,
-        hidden], at the positions that their `calls` were recorded for."""
-        normed = _normed(state, self.eps).to(self.weight.dtype)
-        bias = None if self.bias is None else self.bias[first:last].flatten()
-        out = nn.functional.linear(normed, self.weight[first:last].flatten(0, 2), bias)
+        hidden], at the positions that their `calls` were recorded for.
+
+        Args:
+            fitted: a `fills.Fill`, whose weights take the place of the blocks' own; None for these.
+        """
+        weight, bias = (fitted or self).of(first, last)
+        bias = None if bias is None else bias.flatten()
+        out = nn.functional.linear(self.unit(state), weight.flatten(0, 2), bias)
         out = out.unflatten(-1, (last - first, 2, -1, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
         keys, values = out[:, 0], out[:, 1]
         if self.k_gain is not None:
@@ -255,6 +274,10 @@ class PackedFill:
         half = self.head_dim // 2
         turned = torch.cat([-keys[..., half:], keys[..., :half]], dim=-1)
         return keys * cos + turned * sin, values
+
+
+def _parts(block: nn.Module) -> tuple[nn.Module, ...]:
+    return block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj
 
 
 def _normed(state: Tensor, eps: float) -> Tensor:
@@ -272,7 +295,20 @@ def _gain(norm: nn.Module, size: int, like: Tensor) -> Tensor:
     return norm(ones)[0].float() * (1 + _epsilon(norm)) ** 0.5
 
 
-def alike(got: Tensor, wanted: Tensor) -> bool:
+def packs(blocks: nn.ModuleList, hidden: Tensor, calls: list, cache: KV) -> bool:
+    """Returns whether one product gives the K/V that every block has just written, tried block by block."""
+    for index, block in enumerate(blocks):
+        try:
+            found = PackedFill(nn.ModuleList([block])).project(hidden, calls[index : index + 1], 0, 1)
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):
+            return False
+        wanted = [buffer[index][:, :, : hidden.shape[1]] for buffer in (cache.keys, cache.values)]
+        if not all(map(_alike, (part[0] for part in found), wanted)):
+            return False
+    return True
+
+
+def _alike(got: Tensor, wanted: Tensor) -> bool:
     """Returns whether two tensors differ by no more than rounding in their type."""
     if got.shape != wanted.shape:
         return False

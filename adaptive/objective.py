@@ -16,6 +16,7 @@ from torch import Tensor
 from adaptive import losses
 from adaptive.backbone import Backbone
 from adaptive.exits import Exits
+from adaptive.fills import fit_fills
 from adaptive.kv import SharedKV, TrainingKV, replace_cache
 
 CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
@@ -74,15 +75,16 @@ def tops(view: Backbone, normed: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def fit_shortlists(model, rows: dict[str, Tensor]) -> None:
-    """Chooses what exits with a shortlist may say, from training rows: fixed lists by how often an entry is wanted,
-    a screen from the full model's states on the first rows.
+def fit_exits(model, rows: dict[str, Tensor]) -> None:
+    """Sets what needs no steps, from training rows: K/V of skipped blocks (`fills`), and what exits with a shortlist
+    may say: fixed lists by how often an entry is wanted, a screen from the full model's states on the first rows.
 
     Args:
         model: the `EarlyExitModel`.
         rows: `input_ids`, `attention_mask`, `labels` [rows, tokens].
     """
     view, exits, labels = model.view, model.exits, rows["labels"]
+    fit_fills(model, rows)
     exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
     if exits.screen is None:
         return

@@ -117,8 +117,12 @@ class Writer:
         self.bar.update()
         if depth < self.view.num_layers:
             turned = 2 * len(self.ropes[0]["inverse"])
-            blocks = self.blocks(depth, self.view.num_layers)
-            graphs.fill(self.path(f"fill_{index}"), blocks, self.shape, turned, self.bits)
+            blocks, fill = self.blocks(depth, self.view.num_layers), self.model.exits.fills[index]
+            fitted = None
+            if fill is not None:
+                weight, bias = (recipes.array(part.transpose(0, 1)) for part in (fill.weight, fill.bias))
+                fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
+            graphs.fill(self.path(f"fill_{index}"), blocks, self.shape, turned, self.bits, fitted)
         self.bar.update()
         return record | self._gate(index)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +60,19 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | 
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
+
+
+def distinct(prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the prompts without repetitions: a repeated one would count as independent evidence."""
+    return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+
+
+def padded(lists: list[list[int]]) -> np.ndarray:
+    """Returns ids [rows, longest], -1 behind the end of each."""
+    longest = max(map(len, lists))
+    return np.array([ids + [-1] * (longest - len(ids)) for ids in lists])
+
+
+def unpadded(ids: np.ndarray) -> list[list[int]]:
+    """Returns the lists that `padded` was given."""
+    return [row[row >= 0].tolist() for row in ids]

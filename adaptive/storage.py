@@ -31,7 +31,7 @@ from adaptive.runs import put
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, CERTIFICATE, ADAPTER = "exits.safetensors", "exit_config.json", "certificate.json", "adapter"
-FORMAT = 1
+FORMAT = 2
 
 
 def digest(module: nn.Module) -> str:
@@ -209,6 +209,8 @@ def _read_config(path: Path) -> dict:
             f"'{path / CONFIG}' has format {record['format']}, this version reads up to {FORMAT}; upgrade "
             "adaptive-exits"
         )
+    if record["format"] == 1:  # before fills were fitted
+        record["exits"]["fill"] = "projected"
     return record
 
 

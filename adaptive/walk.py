@@ -327,7 +327,8 @@ class Walk:
 
     def _fill(self, index: int, rows: np.ndarray, state: Tensor) -> None:
         """Fills what lies beyond the exit from the state that the rows left with: K/V and deeper heads' states."""
-        self.backbone.fill(state, self._calls(rows), self.depths[index], self.backbone.num_layers, self.kv)
+        depth, last = self.depths[index], self.backbone.num_layers
+        self.backbone.fill(state, self._calls(rows), depth, last, self.kv, self.exits.fills[index])
         cells = self._newest(rows)
         for deeper in range(index + 1, len(self.depths)):
             self._keep(deeper, [(cells, state)])

@@ -62,6 +62,8 @@ def made(family: str = "llama", kind: str = "norm", **overrides) -> EarlyExitMod
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for buffer in model.exits.fills.buffers():
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 

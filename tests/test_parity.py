@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptive.config import ExitConfig
 from adaptive.exits import best
 from adaptive.model import EarlyExitModel
-from adaptive.objective import fit_shortlists, full_states
+from adaptive.objective import fit_exits, full_states
 from adaptive.policy import ExitPolicy
 
 NEW = 12
@@ -124,7 +124,7 @@ def fitted(model: EarlyExitModel) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (24, 16), generator=generator)
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    fit_shortlists(model, {name: values[:20] for name, values in rows.items()})
+    fit_exits(model, {name: values[:20] for name, values in rows.items()})
     return full_states(model.view, ids[20:], None, ())[1].flatten(0, 1).detach()
 
 

@@ -26,6 +26,8 @@ def with_exits(family="llama", depths=(1, 3), seed=0, **config):
         for name, parameter in model.exits.named_parameters():
             if parameter.dim() >= 2 and ("gates" in name or "up" in name or "down" in name):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for buffer in model.exits.fills.buffers():
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 

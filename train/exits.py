@@ -35,8 +35,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaptive.data import digest
+from adaptive.fills import fit_fills
 from adaptive.model import EarlyExitModel
-from adaptive.objective import fit_shortlists
+from adaptive.objective import fit_exits
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
 from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_json
 from adaptive.states import with_states
@@ -140,15 +141,14 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     if largest >= model.view.vocab_size:
         known = f"0 to {model.view.vocab_size - 1}; made with another tokenizer? Make the rows again"
         raise ValueError(f"`data` has token {largest}; `model` {config.model} knows {known}")
-    fit_shortlists(model, rows)
+    fit_exits(model, rows)
     rate, gates = config.learning_rate, model.gate_parameters()
     groups = [
         {"role": "exits", "peak": rate, "params": model.exit_parameters()},
         {"role": "backbone", "peak": rate * BACKBONE_PACE[config.mode], "params": model.backbone_parameters()},
         {"role": "gates", "peak": rate * GATE_PACE, "params": gates},
     ]
-    # Baseline scores learn nothing and need no steps of their own.
-    settled = round(config.steps * (1 - config.gate_share)) if gates else config.steps
+    settled = round(config.steps * (1 - config.gate_share)) if gates else config.steps  # baseline scores do not learn
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
@@ -165,7 +165,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
 
 def build_model(config: TrainConfig, device: torch.device, mixed_precision: str) -> EarlyExitModel:
     """Returns the backbone with fresh exits on a device, in the mode asked for."""
-    # What learns needs float32 to take small steps in; what is frozen keeps its type where autocast bridges the two.
+    # What learns needs float32 to take small steps in; what is frozen keeps its type, which autocast bridges.
     dtype = torch.float32 if mixed_precision == "no" or config.mode == "full" else "auto"
     model = EarlyExitModel.from_backbone(config.model, config.exits, config.loss, dtype=dtype)
     if config.mode == "lora":
@@ -175,7 +175,7 @@ def build_model(config: TrainConfig, device: torch.device, mixed_precision: str)
         adapters = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
         model.backbone = get_peft_model(model.backbone, adapters)
     model.exits.float()
-    # Before the mode, so that the teacher copy of mode `full` is made where it will run.
+    # Before the mode: the teacher copy of mode `full` is made where it will run.
     model.to(device).train_mode(config.mode)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -219,17 +219,15 @@ def stop_unless_finite(run: Run, step: int, name: str, value: float) -> None:
     """Raises FloatingPointError when training has broken down; every process sees the same value and stops too."""
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"the {name} is {value} at step {step + 1}; it must be finite. Nothing of this step was saved: best/ and "
-            f"last/ in {run.folder} are from an evaluation before, if there was one. Lower `learning_rate` (now "
-            f"{run.config.learning_rate}) and train into another `output`"
+            f"the {name} is {value} at step {step + 1}. Nothing of it was saved; best/ and last/ are older. Lower "
+            f"`learning_rate` (now {run.config.learning_rate}) and train into another `output`"
         )
 
 
 def pace_at(step: int, role: str, settled: int, steps: int) -> float:
     """Share of its peak learning rate at which a parameter group moves in a step.
 
-    Exits and backbone: linear warm-up, then cosine to 0 at `settled`. Gates: their target moves until then, so constant
-    until then and cosine to 0 at the end.
+    Exits and backbone: linear warm-up, then cosine to 0 at `settled`. Gates, whose target moves until then: after it.
     """
     if role == "gates":
         return 1.0 if step < settled else 0.5 * (1 + math.cos(math.pi * (step - settled) / (steps - settled)))
@@ -299,8 +297,8 @@ def finish(run: Run) -> dict:
     summary = {"config": record_of(run.config), **run.progress}
     if run.config.mode != "frozen":
         summary["perplexity_after"] = full_depth_perplexity(run)
-        before, after = summary["perplexity_before"], summary["perplexity_after"]
-        run.accelerator.print(f"full depth on held-out rows: perplexity {before:.3f} before, {after:.3f} after")
+        told = "full depth on held-out rows: perplexity {perplexity_before:.3f} before, {perplexity_after:.3f} after"
+        run.accelerator.print(told.format(**summary))
     save_model(run, run.folder)
     if run.accelerator.is_main_process:
         write_json(run.folder / "summary.json", summary)
@@ -318,6 +316,8 @@ def save_model(run: Run, folder: Path) -> None:
             model = build_model(run.config, torch.device("cpu"), run.accelerator.mixed_precision)
             model.load_state_dict(tensors)
     if run.accelerator.is_main_process:
+        if run.config.mode != "frozen":  # what skipped blocks would have made has moved
+            fit_fills(model, run.rows)
         model.save_pretrained(folder)
     run.accelerator.wait_for_everyone()
 
@@ -330,8 +330,8 @@ def record_of(config: TrainConfig) -> dict:
 
 def start_trackers(run: Run) -> None:
     """Raises ValueError when the tracker asked for is not installed."""
-    record = record_of(run.config)
     run.folder.mkdir(parents=True, exist_ok=True)
+    record = record_of(run.config)
     flat = {name: value if isinstance(value, int | float) else str(value) for name, value in record.items()}
     run.accelerator.init_trackers("adaptive", config=flat, init_kwargs={"wandb": {"dir": run.config.output}})
     if run.config.log_with and run.accelerator.is_main_process and not run.accelerator.trackers:
@@ -340,10 +340,10 @@ def start_trackers(run: Run) -> None:
 
 def in_words(run: Run, step: int) -> str:
     """One line about an evaluation."""
-    found, text = run.progress["eval"], f"step {step}, held out: loss {run.progress['eval']['loss']:.3f}"
-    for depth in run.plain.depths:
-        text += f"; exit {depth}: {found[f'exit_{depth}/loss']:.3f} nats, agrees {found[f'exit_{depth}/agreement']:.3f}"
-    return text
+    found = {name: f"{value:.3f}" for name, value in run.progress["eval"].items()}
+    names = [f"exit_{depth}" for depth in run.plain.depths]
+    each = [f"; {name}: {found[f'{name}/loss']} nats, agrees {found[f'{name}/agreement']}" for name in names]
+    return f"step {step}, held out: loss {found['loss']}" + "".join(each)
 
 
 if __name__ == "__main__":

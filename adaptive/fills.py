@@ -1,0 +1,123 @@
+"""What stands in for the K/V of blocks that a token skips: a linear map of the state that it left with, fitted to what
+the blocks would have made of it had they run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adaptive.kv import PackedFill
+
+STATES = 16384  # that maps are fitted to; K/V of eight blocks: 8,000 leave 7 % more error than 17,000
+TRUST = 400  # states that the blocks' own projections are worth against them
+ROWS = 8  # in one pass
+
+
+class Fill(nn.Module):
+    """State at an exit -> keys (before their norm and rotation) and values of every deeper block, in one product.
+
+    Starts as the blocks' own norms and W_K, W_V on that state (CALM, Schuster et al. 2022, section 3.2). Those expect
+    the state that enters each block; far from it they give K/V no better than a constant, and the tokens that attend to
+    these later go wrong. `fit` puts the least-squares map in their place, at the same cost.
+
+    Args:
+        pack: the blocks' own projections.
+        depth: of the exit.
+
+    Attributes:
+        weight: [blocks, 2, kv size, hidden]; multiplies the state divided by its root mean square.
+        bias: [blocks, 2, kv size].
+    """
+
+    def __init__(self, pack: PackedFill, depth: int):
+        super().__init__()
+        self.depth = depth
+        weight, bias = pack.of(depth, len(pack.weight))
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", weight.new_zeros(weight.shape[:3]) if bias is None else bias.detach().clone())
+
+    def of(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Returns weights [blocks, 2, kv size, hidden] and biases [blocks, 2, kv size] of blocks first..last-1."""
+        blocks = slice(first - self.depth, last - self.depth)
+        return self.weight[blocks], self.bias[blocks]
+
+    @torch.no_grad()
+    def fit(self, moments: Moments, pack: PackedFill) -> None:
+        """Sets the map that minimises the mean of |W x + b - y|^2, plus r |W - W_0|^2: W_0 are the blocks' own
+        projections, and b takes the states' mean to that of the K/V (ridge regression, Hoerl and Kennard 1970).
+
+        Args:
+            moments: of the states x at the exit's depth and the K/V y wanted of all deeper blocks.
+            pack: the blocks' own projections.
+        """
+        own = pack.of(self.depth, len(pack.weight))[0].flatten(0, 2).double()
+        cov, cross, x, y = moments.centered()
+        ridge = TRUST / moments.count * cov.diagonal().mean().clamp_min(1e-12)
+        system = cov + ridge * torch.eye(len(cov), device=cov.device, dtype=cov.dtype)
+        weight = torch.linalg.solve(system, cross + ridge * own.T).T
+        self.weight.copy_(weight.view_as(self.weight))
+        self.bias.copy_((y - weight @ x).view_as(self.bias))
+
+
+class Moments:
+    """Sums over states x [N, hidden] and what is wanted of them, y [N, entries], that a linear map is fitted from."""
+
+    def __init__(self):
+        self.count = 0
+        self.sums: tuple[Tensor, ...] = ()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds some states and what is wanted of them."""
+        new = tuple(part.double() for part in (x.T @ x, x.T @ y, x.sum(0), y.sum(0)))
+        self.count += len(x)
+        self.sums = tuple(map(torch.add, self.sums, new)) if self.sums else new
+
+    def centered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns covariance [hidden, hidden] and cross-covariance [hidden, entries], and the means of x and y."""
+        square, cross, x, y = (part / self.count for part in self.sums)
+        return square - torch.outer(x, x), cross - torch.outer(x, y), x, y
+
+
+@torch.no_grad()
+def fit_fills(model, rows: dict[str, Tensor]) -> None:
+    """Fits every exit's `Fill` to what the backbone makes of the first training rows.
+
+    Args:
+        model: the `EarlyExitModel`.
+        rows: `input_ids`, `attention_mask` [rows, tokens].
+    """
+    view, fills = model.view, [fill for fill in model.exits.fills if fill is not None]
+    if not fills or not view.packs:
+        return
+    view.refresh()
+    pack, moments = view.projections, {fill.depth: Moments() for fill in fills}
+    bar = tqdm(total=min(STATES, int(rows["attention_mask"].sum())), desc="fitting K/V", unit="token", leave=False)
+    with bar:
+        for some in torch.arange(len(rows["input_ids"])).split(ROWS):
+            units = _units(view, pack, *(rows[name][some].to(view.device) for name in ("input_ids", "attention_mask")),
+                           min(moments))  # fmt: skip
+            wanted = [_linear(pack, depth, unit) for depth, unit in units.items()]
+            for depth, sums in moments.items():
+                sums.add(units[depth], torch.cat(wanted[depth - min(moments) :], dim=1))
+            bar.update(len(units[min(moments)]))
+            if sums.count >= STATES:
+                break
+    for fill in fills:
+        fill.fit(moments[fill.depth], pack)
+
+
+def _units(view, pack: PackedFill, ids: Tensor, mask: Tensor, first: int) -> dict[int, Tensor]:
+    """Returns what W_K and W_V multiply, float32 [N, hidden], by depth from `first` on."""
+    keep, positions = mask.bool(), (mask.cumsum(-1) - 1).clamp_min(0)
+    hidden, calls = view.start(ids, mask, positions, None)
+    out, depth = {}, 0
+    for block in range(first, view.num_layers):
+        hidden, depth = view.run(hidden, calls, depth, block), block
+        out[block] = pack.unit(hidden[keep]).float()
+    return out
+
+
+def _linear(pack: PackedFill, block: int, unit: Tensor) -> Tensor:
+    weight, bias = pack.of(block, block + 1)
+    return nn.functional.linear(unit, weight.flatten(0, 2).float(), None if bias is None else bias.flatten().float())
