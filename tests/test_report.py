@@ -275,3 +275,18 @@ def test_help_and_typos_answer_at_once():
     )
     typo = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert "did you mean `--run`" in typo.stdout and typo.stdout.endswith("False\n"), typo.stdout + typo.stderr
+
+
+def test_fills_are_compared_on_the_same_thresholds(run, tmp_path):
+    fills, out = script("eval/fills"), tmp_path / "fills.json"
+    settings = dict(prompts=str(run.parent / "prompts.json"), output=str(out), thresholds=[0.5, 0.5, 2.0])
+    found = fills.main(fills.FillsConfig(run=str(run), max_new_tokens=NEW, batch_size=5, **settings))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(found)) and out.with_suffix(".png").exists()
+    # Nothing was fitted in this run, so that both are the blocks' own projections.
+    assert found["error"]["projected"] == found["error"]["fitted"]
+    assert [len(values) for values in found["error"]["fitted"].values()] == [3, 1]
+    first, later = found["error"]["fitted"]["3"][0], found["error"]["fitted"]["1"][1]
+    assert first < 1e-6 < later, "the very next block reads the state"
+    kinds = found["generation"]
+    assert kinds["projected"] == kinds["fitted"]
+    assert sum(kinds["recomputed"]["share_by_depth"].values()) == pytest.approx(1, abs=1e-3)
