@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, VOCAB, tiny
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -275,6 +276,15 @@ def test_help_and_typos_answer_at_once():
     )
     typo = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert "did you mean `--run`" in typo.stdout and typo.stdout.endswith("False\n"), typo.stdout + typo.stderr
+
+
+def test_a_kept_survey_is_the_survey(run):
+    model, parts = EarlyExitModel.from_pretrained(str(run)), json.loads((run.parent / "prompts.json").read_text())
+    fresh = certify.survey(model, encode(parts["select"], certify.load_tokenizer(model)), NEW)
+    kept = load_file(run / "calibration" / "survey.safetensors")
+    assert set(kept) == set(vars(fresh))
+    for name, value in vars(fresh).items():
+        assert np.array_equal(kept[name], value, equal_nan=True), name
 
 
 def test_fills_are_compared_on_the_same_thresholds(run, tmp_path):

@@ -201,7 +201,8 @@ def surveyed(model: EarlyExitModel, prompts: list, config: CalibrationConfig, pa
     except (FileNotFoundError, SafetensorError):
         ids = encode(prompts, certify.load_tokenizer(model))
         found = certify.survey(model, ids, config.max_new_tokens, config.batch_size)
-        arrays = {name: np.asarray(value) for name, value in vars(found).items()}
+        # safetensors writes a view's memory as it lies, strided or not.
+        arrays = {name: np.array(value, order="C") for name, value in vars(found).items()}
         put(path, lambda temporary: save_file(arrays, temporary))
     return certify.Survey(**arrays | {"full_cost": float(arrays["full_cost"])})
 
