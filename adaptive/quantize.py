@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 BLOCK = 32  # neighbouring inputs that share a scale
@@ -26,12 +29,16 @@ def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     rows, inputs = weight.shape
     count = -(-inputs // BLOCK)
     packed, scales = np.empty((rows, count, BLOCK * bits // 8), np.uint8), np.empty((rows, count), np.float32)
-    step = max(1, 2**21 // inputs)
-    for start in range(0, rows, step):  # a few rows at a time: the candidates are as large as the weights
+    step = max(1, 2**18 // inputs)
+
+    def some(start: int) -> None:  # a few rows at a time: the candidates are as large as the weights
         part = np.asarray(weight[start : start + step], np.float32)
         part = np.pad(part, ((0, 0), (0, count * BLOCK - inputs))).reshape(-1, count, BLOCK)
         whole, scales[start : start + step] = _search(part, bits)
         packed[start : start + step] = whole if bits == 8 else whole[..., ::2] | whole[..., 1::2] << 4
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(some, range(0, rows, step)))
     return packed, scales
 
 

@@ -10,7 +10,10 @@ Nothing in the folder is executed: graphs, arrays and a manifest are read, and e
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,6 +89,7 @@ class Runtime:
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
         give_back()
+        _forget(folder)
         return cls(manifest, graphs, arrays, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
@@ -229,6 +233,18 @@ class Runtime:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _forget(folder: Path) -> None:
+    """Lets go of the pages of weights that were read to load them: products have packed copies of what they need."""
+    pages = rf"^(\w+)-(\w+) .*{re.escape(str(folder.resolve()))}/.*\.bin\n(?:(?!Anonymous)[A-Z].*\n)*Anonymous: +0 kB"
+    try:
+        advise, maps = ctypes.CDLL(None).madvise, Path("/proc/self/smaps").read_text()
+    except (AttributeError, OSError, TypeError):  # another system: it drops them when it needs the room
+        return
+    for start, end in re.findall(pages, maps, re.MULTILINE):  # none of them was written to
+        start, end = int(start, 16), int(end, 16)
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

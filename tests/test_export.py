@@ -20,7 +20,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from adaptive import outcomes, session  # noqa: E402
+from adaptive import outcomes, parts, session  # noqa: E402
 from adaptive.config import ExitConfig  # noqa: E402
 from adaptive.export import chat_template, export  # noqa: E402
 from adaptive.folder import Folder  # noqa: E402
@@ -101,7 +101,8 @@ def compare(model: EarlyExitModel, runtime: Runtime, policy, seed: int = 0) -> f
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path):
+def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "WHOLE", 0)
     model = made(kind=kind)
     runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
     scores = [token.step.scores for token in runtime.generate(prompt(), 24, policy=[1e9, 1e9])]
@@ -138,7 +139,8 @@ def test_scaled_rotary_tables_and_biases(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("kind", ["mixed", "screen"])
-def test_quantized_folders(precision, kind, tmp_path):
+def test_quantized_folders(precision, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "WHOLE", 0)
     model = made(kind=kind)
     out = export(model, tmp_path / "out", precision, tokenizer())
     runtime = Runtime.load(out, threads=1)
@@ -154,6 +156,31 @@ def test_quantized_folders(precision, kind, tmp_path):
         ids = prompt(length=40)
         nll = outcomes.judge(Folder(out), [ids[:10]], [ids[10:]])[1]
         assert np.abs(nll - outcomes.judge(model, [ids[:10]], [ids[10:]])[1]).mean() < 0.1
+
+
+def test_a_screen_that_would_not_pay_is_left_out(tmp_path):
+    model = made(kind="screen")
+    runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
+    assert "preview" not in runtime.graphs and "head" not in runtime.arrays
+    exits = runtime.manifest["costs"]["exits"]
+    assert [exit["vocab"] for exit in exits] == [model.costs.shape["vocab"]] * 2
+    whole = made(kind="screen")
+    whole.exits.screen, whole.exits.sizes = None, [None, None]
+    compare(whole, runtime, [0.0, 0.0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="says what memory is used for")
+def test_weights_are_in_memory_once(tmp_path):
+    folder = export(made(), tmp_path / "out", "int4", tokenizer())
+    runtime, resident, count = Runtime.load(folder, threads=1), 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0].islower() or line[0].isdigit():
+            ours = line.endswith(".bin") and str(folder) in line
+            count += ours
+        elif line.startswith("Rss:") and ours:
+            resident += int(line.split()[1])
+    assert count and not resident
+    assert len(list(runtime.generate(prompt(), 3))) == 3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
