@@ -1,4 +1,5 @@
-# make demo: from a bare machine to a certified frontier and its leaderboard (TEXTS=folder trains on its texts, too).
+# make demo: from a bare machine to a certified frontier, its leaderboard and a folder without torch (TEXTS=folder trains
+# on its texts, too).
 # make test: set up, lint, run the tests.
 # make leaderboard: the page under results/, from the result files there.
 PYTHON ?= python3

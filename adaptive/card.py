@@ -121,6 +121,8 @@ def folder_card(record: dict, size: int) -> str:
         if certificate is None
         else _guarantee(SimpleNamespace(**certificate))
         + " The full depth that judges harm is this folder's own, at this precision."
+        + " No exit is open: leaving would save less time than asking for it takes."
+        * all(threshold is None for threshold in certificate["thresholds"])
     )
     return _FOLDER.format(
         **{key: record[key] for key in ("name", "precision", "family", "layers")},

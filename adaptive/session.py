@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +89,7 @@ class Session:
         self.exits, self.depths, self.length = self.manifest["exits"], runtime.depths, 0
         shape = self.manifest["shape"]
         dims = (self.manifest["slots"], shape["kv_heads"], room, shape["head_dim"])
-        self.keys, self.values = _zeros(dims), _zeros(dims)
+        self.keys, self.values = np.zeros(dims, np.float32), np.zeros(dims, np.float32)
         self.last, self.total = np.zeros(1, np.int32), np.zeros(1, np.int32)
         self.cos, self.sin = runtime.tables(room)
         self.shared = {"last": _value(self.last), "total": _value(self.total)}
@@ -312,11 +311,6 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library
         pass
-
-
-def _zeros(dims: tuple[int, ...]) -> np.ndarray:
-    """Returns float32 zeros of which only what is used takes memory: numpy would ask for pages of 2 MB."""
-    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(dims)), np.float32).reshape(dims)
 
 
 def _value(array: np.ndarray) -> OrtValue:

@@ -20,6 +20,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
+import adaptive.folder  # noqa: E402
 from adaptive import outcomes, parts, session  # noqa: E402
 from adaptive.config import ExitConfig  # noqa: E402
 from adaptive.export import chat_template, export  # noqa: E402
@@ -344,7 +345,8 @@ def test_refusals_name_all_that_is_missing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_certificate_is_of_the_folder(tmp_path):
+def test_the_certificate_is_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptive.folder, "CALL", 0)  # next to a toy's weights it is all that counts
     model, asked = made(), [prompt(seed, 4 + seed % 5) for seed in range(24)]
     settings = dict(prompts=asked[8:], selection=asked[:8], budget=0.9, max_new_tokens=10)
     out = export(model, tmp_path / "out", "fp32", tokenizer(), calibrate=settings)
@@ -365,6 +367,17 @@ def test_the_certificate_is_of_the_folder(tmp_path):
             np.testing.assert_allclose(ours_trace.regret, theirs_trace.regret, atol=1e-4)
     for mine, torchs in zip(outcomes.judge(folder, asked, ours), outcomes.judge(model, asked, theirs)):
         np.testing.assert_allclose(mine, torchs, atol=1e-4)
+
+
+def test_exits_that_save_no_time_are_closed(tmp_path, monkeypatch):
+    asked = [prompt(seed, 4 + seed % 5) for seed in range(24)]
+    for call, open_exits in ((0, True), (10**9, False)):
+        monkeypatch.setattr(adaptive.folder, "CALL", call)
+        settings = dict(prompts=asked[8:], selection=asked[:8], risk=0.95, delta=0.5, max_new_tokens=6)
+        out = export(made(), tmp_path / "out", "fp32", tokenizer(), calibrate=settings)
+        found = json.loads((out / "manifest.json").read_text())["certificate"]
+        assert any(threshold is not None for threshold in found["thresholds"]) == open_exits == (found["saved"] > 0)
+        assert ("No exit is open" in (out / "README.md").read_text()) != open_exits
 
 
 def test_chat_templates_are_taken_apart_or_kept():
