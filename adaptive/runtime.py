@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime
 
 from adaptive.policy import ExitPolicy, Trace
-from adaptive.sealed import unseal
+from adaptive.sealed import check, unseal
 from adaptive.session import Session, Step, give_back
 from adaptive.texts import Chat, Texts
 
@@ -50,17 +50,45 @@ class Token:
     step: Step
 
 
+class Graphs(dict):
+    """onnxruntime sessions by name. Those of exits are made when they are first asked for: what no policy opens takes
+    no memory.
+
+    Args:
+        folder: that the graphs lie in.
+        files: digests of its files, by name.
+        options: of the sessions.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, str], options: onnxruntime.SessionOptions):
+        super().__init__()
+        self.folder, self.files, self.options, self.making = folder, files, options, threading.Lock()
+
+    def make(self, name: str) -> None:
+        """Makes a session."""
+        path = str(self.folder / f"{name}.onnx")
+        self[name] = onnxruntime.InferenceSession(path, self.options, ["CPUExecutionProvider"])
+
+    def __missing__(self, name: str) -> onnxruntime.InferenceSession:
+        with self.making:
+            if name not in self:  # another thread may have been here
+                both = (f"{name}.onnx", f"{name}.bin")
+                check(self.folder, {file: self.files[file] for file in both if file in self.files})
+                self.make(name)
+        return self[name]
+
+
 class Runtime:
     """The weights of an exported folder, and generation from them. Made by `Runtime.load`.
 
     Attributes:
         manifest: what the folder says of itself.
-        graphs: onnxruntime sessions by name.
+        graphs: onnxruntime sessions by name; see `Graphs`.
         arrays: vocabulary rows and shortlists by name.
         texts: tokenizer.
     """
 
-    def __init__(self, manifest: dict, graphs: dict, arrays: dict, texts: Texts):
+    def __init__(self, manifest: dict, graphs: Graphs, arrays: dict, texts: Texts):
         self.manifest, self.graphs, self.arrays, self.texts = manifest, graphs, arrays, texts
         self.depths = tuple(exit["depth"] for exit in manifest["exits"])
         self._tables: tuple | None = None
@@ -82,10 +110,9 @@ class Runtime:
         folder, threads = Path(folder), threads or _cores()
         manifest = unseal(folder)
         texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
-        options = _options(threads)
-        names = [name for name in manifest["files"] if name.endswith(".onnx")]
-        graphs = {name[:-5]: onnxruntime.InferenceSession(str(folder / name), options, ["CPUExecutionProvider"])
-                  for name in names}  # fmt: skip
+        graphs = Graphs(folder.resolve(), manifest["files"], _options(threads))
+        for name in ("final", "vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
+            graphs.make(name)
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
         give_back()

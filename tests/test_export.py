@@ -162,7 +162,7 @@ def test_quantized_folders(precision, kind, tmp_path, monkeypatch):
 def test_a_screen_that_would_not_pay_is_left_out(tmp_path):
     model = made(kind="screen")
     runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
-    assert "preview" not in runtime.graphs and "head" not in runtime.arrays
+    assert not {"preview.onnx", "head.npy"} & set(runtime.manifest["files"])
     exits = runtime.manifest["costs"]["exits"]
     assert [exit["vocab"] for exit in exits] == [model.costs.shape["vocab"]] * 2
     whole = made(kind="screen")
@@ -317,6 +317,20 @@ def test_no_mutation_of_the_folder_goes_unnoticed(folder, tmp_path):
         refused += path.name in str(error.value) and len(str(error.value)) < 400
         shutil.rmtree(copied)
     assert refused == 200
+
+
+def test_exits_are_loaded_when_they_are_asked_for(folder, tmp_path):
+    copied = tmp_path / "out"
+    shutil.copytree(folder, copied)
+    runtime = Runtime.load(copied, threads=1)
+    before = len(runtime.graphs)
+    assert list(runtime.generate(prompt(), 4, policy="full")) and len(runtime.graphs) == before
+    assert list(runtime.generate(prompt(), 4, policy=[math.inf, 0])) and "fill_1" in runtime.graphs
+    assert "fill_0" not in runtime.graphs
+    raw = (copied / "fill_0.bin").read_bytes()
+    (copied / "fill_0.bin").write_bytes(raw[::-1])
+    with pytest.raises(ValueError, match="fill_0.bin was changed"):
+        list(runtime.generate(prompt(), 4, policy=[0, 0]))
 
 
 def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
