@@ -107,16 +107,16 @@ class Runtime:
         Raises:
             ValueError: a file that is missing or was changed, a newer format.
         """
-        folder, threads = Path(folder), threads or _cores()
+        folder, threads = Path(folder).resolve(), threads or _cores()
         manifest = unseal(folder)
         texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
-        graphs = Graphs(folder.resolve(), manifest["files"], _options(threads))
+        graphs = Graphs(folder, manifest["files"], _options(threads))
         for name in ("final", "vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
             graphs.make(name)
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
         give_back()
-        _forget()
+        _forget(folder)
         return cls(manifest, graphs, arrays, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
@@ -262,13 +262,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _forget() -> None:
+def _forget(folder: Path) -> None:
     """Lets go of pages of files that only loading needed; whatever is read again comes back from the system's cache.
 
     Products have packed copies of their weights: the pages that these were packed from are 18 MB. Another 25 MB are
     code and tables, of onnxruntime most of all, that nothing needs while tokens are generated.
     """
-    pages = r"^(\w+)-(\w+) (?:\S+ +){4}/.*\n(?:(?!Anonymous)[A-Z].*\n)*Anonymous: +0 kB"  # never written to
+    ours = rf"(?:r-.. (?:\S+ +){{3}}/.*|.*{re.escape(str(folder))}/.*\.bin)"  # onnxruntime maps weights as writable
+    pages = rf"^(\w+)-(\w+) {ours}\n(?:(?!Anonymous)[A-Z].*\n)*Anonymous: +0 kB"  # and writes to none
     try:
         advise, maps = ctypes.CDLL(None).madvise, Path("/proc/self/smaps").read_text()
     except (AttributeError, OSError, TypeError):  # another system: it drops them when it needs the room
