@@ -1,4 +1,5 @@
-# make demo: from a bare machine to a certified frontier and its leaderboard (TEXTS=folder trains on its texts, too).
+# make demo: from a bare machine to a certified frontier, its leaderboard and a folder without torch (TEXTS=folder trains
+# on its texts, too).
 # make test: set up, lint, run the tests.
 # make leaderboard: the page under results/, from the result files there.
 PYTHON ?= python3
@@ -23,6 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
 	$(BIN)/python eval/harness.py --config configs/demo_scores.yaml
 	$(BIN)/python eval/leaderboard.py --results $(RUN)/scores --output $(RUN)/leaderboard
+	$(BIN)/python -m adaptive.export $(RUN) $(RUN)-int4 --prompts $(PROMPTS) --risk 0.05 --certify 80 --max-new-tokens 16
 
 # The page under results/, from the result files there.
 leaderboard: $(STAMP)

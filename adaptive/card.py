@@ -85,7 +85,7 @@ A `{family}` model of {layers} blocks that leaves early where it may, at depths 
 It needs neither torch nor adaptive-exits:
 
 ```
-pip install -r requirements.txt
+pip install --no-deps -r requirements.txt   # all that it imports: 165 MB; without --no-deps 200 MB
 python run.py "Once upon a time" --stats
 python run.py --chat "Why is the sky blue?"
 ```
@@ -121,6 +121,8 @@ def folder_card(record: dict, size: int) -> str:
         if certificate is None
         else _guarantee(SimpleNamespace(**certificate))
         + " The full depth that judges harm is this folder's own, at this precision."
+        + " No exit is open: leaving would save less time than asking for it takes."
+        * all(threshold is None for threshold in certificate["thresholds"])
     )
     return _FOLDER.format(
         **{key: record[key] for key in ("name", "precision", "family", "layers")},

@@ -1,7 +1,7 @@
 """Export a run to one folder that generates without torch.
 
 python -m adaptive.export runs/demo out --precision int4 --prompts runs/demo/text/prompts.json
-cd out; pip install -r requirements.txt; python run.py "Once upon a time"
+cd out; pip install --no-deps -r requirements.txt; python run.py "Once upon a time"
 
 Quantized exits are other exits: thresholds are calibrated anew on the exported graphs, with --prompts (as
 train/calibrate.py reads them) and, where no flag says otherwise, what the run's own certificate was asked for. Without
@@ -82,7 +82,8 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
     try:
         from adaptive.parts import Writer
 
-        record = Writer(model, fresh, PRECISIONS[precision]).write() | _describe(model, precision, tokenizer)
+        record = Writer(model, fresh, PRECISIONS[precision]).write()
+        record |= _describe(model, precision, tokenizer, record["exits"])
         tokenizer.backend_tokenizer.save(str(fresh / "tokenizer.json"))
         _write_sources(fresh)
         record |= {"certificate": None, "frontier": []}
@@ -125,9 +126,11 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _describe(model, precision: str, tokenizer) -> dict:
-    """Returns what the manifest says beside the graphs."""
+def _describe(model, precision: str, tokenizer, entries: list[dict]) -> dict:
+    """Returns what the manifest says beside the graphs, whose `entries` say what vocabulary each exit got."""
     costs, eos = model.costs, model.generation_config.eos_token_id
+    exits = [{**exit, "vocab": costs.shape["vocab"]} if entry["entries"] == "all" else exit
+             for exit, entry in zip(costs.exits, entries, strict=True)]  # fmt: skip
     name = str(model.view.inner.name_or_path or "")
     return {
         "name": Path(name).name if Path(name).is_dir() else name or "model",
@@ -135,7 +138,7 @@ def _describe(model, precision: str, tokenizer) -> dict:
         "precision": precision,
         "eos": sorted({eos} if isinstance(eos, int) else set(eos or [])),
         "chat": chat_template(tokenizer),
-        "costs": {"shape": {**costs.shape, "bytes_per_weight": BYTES[precision]}, "exits": costs.exits},
+        "costs": {"shape": {**costs.shape, "bytes_per_weight": BYTES[precision]}, "exits": exits},
         "model_digest": model_digest(model),
         "versions": {"adaptive-exits": __version__}
         | {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "transformers")},
@@ -205,7 +208,7 @@ def _finish(folder: Path, record: dict) -> None:
     """Writes the card and the requirements, and seals the folder."""
     record = json.loads(json.dumps(record, allow_nan=False))
     needs = ["numpy>=2", f"onnxruntime>={record['versions']['onnxruntime']}", "tokenizers"]
-    needs += ["jinja2"] if record["chat"] and "jinja" in record["chat"] else []
+    needs += ["jinja2", "markupsafe"] if record["chat"] and "jinja" in record["chat"] else []
     (folder / "requirements.txt").write_text("\n".join(needs) + "\n")
     size = sum(path.stat().st_size for path in folder.iterdir())
     (folder / "README.md").write_text(folder_card(record, size))

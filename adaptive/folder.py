@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -24,9 +25,15 @@ from adaptive.prompts import encode
 from adaptive.runtime import Runtime, Token
 from adaptive.session import Session
 
+logger = logging.getLogger(__name__)
+CALL = 10**6  # weights that are multiplied in the time that calling a graph takes, beside its products
+
 
 class Folder:
     """What `calibrate` asks of a model, answered by an exported folder. Rows are generated side by side in threads.
+
+    Its costs are FLOPs in which calls count, too (`CALL`), for gates, and for heads and fills: thresholds are to save
+    time, and next to 4 bit products a call is not for nothing.
 
     Args:
         path: the folder.
@@ -38,7 +45,9 @@ class Folder:
         manifest = self.runtime.manifest
         self.depths, self.layers = self.runtime.depths, manifest["layers"]
         self.num_exits, self.num_layers = len(self.depths), self.layers
-        self.costs = Costs(manifest["costs"]["shape"], manifest["costs"]["exits"])
+        exits = [{**exit, "gate": exit["gate"] + CALL, "head": exit["head"] + 2 * CALL}
+                 for exit in manifest["costs"]["exits"]]  # fmt: skip
+        self.costs = Costs(manifest["costs"]["shape"], exits)
         self.generation_config = SimpleNamespace(pad_token_id=0)
         self.device, self.view, self.certificate = torch.device("cpu"), self, None
         self.workers = ThreadPoolExecutor(os.cpu_count())
@@ -132,6 +141,9 @@ def certified(model, path: Path, tokenizer, settings: dict) -> dict:
         chosen = survey(folder, encode(chosen, tokenizer), length, settings.get("batch_size", 32))
     found = calibrate(folder, prompts, selection=chosen, tokenizer=tokenizer, **settings)
     found.versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    if found.kind == "risk" and found.saved <= 0:
+        logger.warning("gates and heads would take longer than leaving saves: the certified policy never leaves")
+        found.thresholds, found.saved = [math.inf] * folder.num_exits, 0.0  # what harms less than what was certified
     values = asdict(found)
     values["thresholds"] = [None if math.isinf(t) else float(t) for t in found.thresholds]
     frontier = []

@@ -13,6 +13,10 @@ from adaptive.data import digest
 from adaptive.losses import prior_shift
 from adaptive.quantize import quantize, quantize_rows, restore
 
+# Bytes of the LM head's weights. Up to here multiplying by all of them takes no longer than a screen, which does more
+# of its work one row at a time and on one thread.
+WHOLE = 2**25
+
 
 class Writer:
     """Writes the graphs and arrays of one model.
@@ -146,9 +150,12 @@ class Writer:
         return slot, []
 
     def _entries(self, index: int) -> dict:
-        """Writes the vocabulary rows of a shortlist, or the preview that picks them, once if exits share them."""
-        exits = self.model.exits
-        if exits.screened(index):
+        """Writes the vocabulary rows of a shortlist, or the preview that picks them, once if exits share them.
+
+        Where a screen would not pay, its exits get the whole vocabulary: nothing that it might have missed.
+        """
+        exits, stored = self.model.exits, self.path("vocabulary").with_suffix(".bin")
+        if exits.screened(index) and stored.stat().st_size > WHOLE:
             if not self.path("preview").exists():
                 down = recipes.Linear(recipes.array(exits.screen.down))
                 up = recipes.Linear(recipes.array(exits.screen.up), recipes.array(exits.screen.bias))

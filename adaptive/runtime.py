@@ -10,7 +10,10 @@ Nothing in the folder is executed: graphs, arrays and a manifest are read, and e
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ import numpy as np
 import onnxruntime
 
 from adaptive.policy import ExitPolicy, Trace
-from adaptive.sealed import unseal
+from adaptive.sealed import check, unseal
 from adaptive.session import Session, Step, give_back
 from adaptive.texts import Chat, Texts
 
@@ -47,17 +50,45 @@ class Token:
     step: Step
 
 
+class Graphs(dict):
+    """onnxruntime sessions by name. Those of exits are made when they are first asked for: what no policy opens takes
+    no memory.
+
+    Args:
+        folder: that the graphs lie in.
+        files: digests of its files, by name.
+        options: of the sessions.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, str], options: onnxruntime.SessionOptions):
+        super().__init__()
+        self.folder, self.files, self.options, self.making = folder, files, options, threading.Lock()
+
+    def make(self, name: str) -> None:
+        """Makes a session."""
+        path = str(self.folder / f"{name}.onnx")
+        self[name] = onnxruntime.InferenceSession(path, self.options, ["CPUExecutionProvider"])
+
+    def __missing__(self, name: str) -> onnxruntime.InferenceSession:
+        with self.making:
+            if name not in self:  # another thread may have been here
+                both = (f"{name}.onnx", f"{name}.bin")
+                check(self.folder, {file: self.files[file] for file in both if file in self.files})
+                self.make(name)
+        return self[name]
+
+
 class Runtime:
     """The weights of an exported folder, and generation from them. Made by `Runtime.load`.
 
     Attributes:
         manifest: what the folder says of itself.
-        graphs: onnxruntime sessions by name.
+        graphs: onnxruntime sessions by name; see `Graphs`.
         arrays: vocabulary rows and shortlists by name.
         texts: tokenizer.
     """
 
-    def __init__(self, manifest: dict, graphs: dict, arrays: dict, texts: Texts):
+    def __init__(self, manifest: dict, graphs: Graphs, arrays: dict, texts: Texts):
         self.manifest, self.graphs, self.arrays, self.texts = manifest, graphs, arrays, texts
         self.depths = tuple(exit["depth"] for exit in manifest["exits"])
         self._tables: tuple | None = None
@@ -76,16 +107,16 @@ class Runtime:
         Raises:
             ValueError: a file that is missing or was changed, a newer format.
         """
-        folder, threads = Path(folder), threads or _cores()
+        folder, threads = Path(folder).resolve(), threads or _cores()
         manifest = unseal(folder)
         texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
-        options = _options(threads)
-        names = [name for name in manifest["files"] if name.endswith(".onnx")]
-        graphs = {name[:-5]: onnxruntime.InferenceSession(str(folder / name), options, ["CPUExecutionProvider"])
-                  for name in names}  # fmt: skip
+        graphs = Graphs(folder, manifest["files"], _options(threads))
+        for name in ("final", "vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
+            graphs.make(name)
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
         give_back()
+        _forget(folder)
         return cls(manifest, graphs, arrays, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
@@ -229,6 +260,23 @@ class Runtime:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _forget(folder: Path) -> None:
+    """Lets go of pages of files that only loading needed; whatever is read again comes back from the system's cache.
+
+    Products have packed copies of their weights: the pages that these were packed from are 18 MB. Another 25 MB are
+    code and tables, of onnxruntime most of all, that nothing needs while tokens are generated.
+    """
+    ours = rf"(?:r-.. (?:\S+ +){{3}}/.*|.*{re.escape(str(folder))}/.*\.bin)"  # onnxruntime maps weights as writable
+    pages = rf"^(\w+)-(\w+) {ours}\n(?:(?!Anonymous)[A-Z].*\n)*Anonymous: +0 kB"  # and writes to none
+    try:
+        advise, maps = ctypes.CDLL(None).madvise, Path("/proc/self/smaps").read_text()
+    except (AttributeError, OSError, TypeError):  # another system: it drops them when it needs the room
+        return
+    for start, end in re.findall(pages, maps, re.MULTILINE):
+        start, end = int(start, 16), int(end, 16)
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

@@ -50,8 +50,22 @@ def unseal(folder: Path) -> dict:
             f"'{path}' has format {record['format']}, this runtime reads up to {FORMAT}; use the runtime.py that lies "
             "in the folder, or a newer one"
         )
+    check(folder, record["files"])
+    return record
+
+
+def check(folder: Path, files: dict[str, str]) -> None:
+    """Refuses files that are missing or were changed.
+
+    Args:
+        folder: that they lie in.
+        files: their digests, by name.
+
+    Raises:
+        ValueError: naming all of them.
+    """
     problems = []
-    for name, digest in record["files"].items():
+    for name, digest in files.items():
         try:
             if sha256(folder / name) != digest:
                 problems.append(f"{name} was changed")
@@ -59,7 +73,6 @@ def unseal(folder: Path) -> dict:
             problems.append(f"{name} cannot be read ({error.strerror})")
     if problems:
         raise ValueError(f"'{folder}': " + "; ".join(problems) + "; restore the files or export the model again")
-    return record
 
 
 def sha256(path: Path) -> str:

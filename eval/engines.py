@@ -6,7 +6,7 @@ Engines live in virtual environments of their own under `work`, which this scrip
 form: ONNX Runtime GenAI int4 (its builder), OpenVINO GenAI int4 (optimum-intel), llama.cpp Q4_0 and Q8_0 (requantized
 from the model's GGUF file), transformers bfloat16. An engine that cannot be installed here is named and left out.
 Beside the folder as it is, at full depth, two more are exported, with untrained exits at a third of the depth, to time
-what leaving there brings when half of the tokens do: with the whole vocabulary, and with a screened shortlist.
+what leaving there brings when half of the tokens do: with the whole vocabulary, and with a shortlist.
 """
 
 import sys
@@ -54,7 +54,7 @@ class EnginesConfig(Checked):
 
 # What each engine's environment gets, and what converting the model for it needs.
 PACKAGES = {
-    "adaptive": (["numpy", "onnxruntime", "tokenizers"], []),
+    "adaptive": (["--no-deps", "numpy", "onnxruntime", "tokenizers"], []),  # as the folder's card says
     "genai": (["onnxruntime-genai"], ["onnxruntime-genai", "onnx-ir", "onnx", "torch==2.13.0", "transformers"]),
     "openvino": (
         ["openvino-genai"],
@@ -142,7 +142,7 @@ def size_mb(path: Path) -> float:
 def forced_folders(work: Path, config: EnginesConfig, precision: str) -> list[tuple[str, Path]]:
     """Returns (what it says, folder) of the exports with untrained exits at a third and two thirds of the depth."""
     out = []
-    kinds = {"whole vocabulary": {}, "screened shortlist": {"shortlist": 1024, "screen": 64}}
+    kinds = {"whole vocabulary": {}, "8k shortlist": {"shortlist": 8192}}
     for name, extra in kinds.items():
         path = work / f"third-{name.split()[-1]}-{precision}"
         if not path.exists():

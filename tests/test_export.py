@@ -20,7 +20,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from adaptive import outcomes, session  # noqa: E402
+import adaptive.folder  # noqa: E402
+from adaptive import outcomes, parts, session  # noqa: E402
 from adaptive.config import ExitConfig  # noqa: E402
 from adaptive.export import chat_template, export  # noqa: E402
 from adaptive.folder import Folder  # noqa: E402
@@ -101,7 +102,8 @@ def compare(model: EarlyExitModel, runtime: Runtime, policy, seed: int = 0) -> f
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path):
+def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "WHOLE", 0)
     model = made(kind=kind)
     runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
     scores = [token.step.scores for token in runtime.generate(prompt(), 24, policy=[1e9, 1e9])]
@@ -138,7 +140,8 @@ def test_scaled_rotary_tables_and_biases(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("kind", ["mixed", "screen"])
-def test_quantized_folders(precision, kind, tmp_path):
+def test_quantized_folders(precision, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "WHOLE", 0)
     model = made(kind=kind)
     out = export(model, tmp_path / "out", precision, tokenizer())
     runtime = Runtime.load(out, threads=1)
@@ -154,6 +157,31 @@ def test_quantized_folders(precision, kind, tmp_path):
         ids = prompt(length=40)
         nll = outcomes.judge(Folder(out), [ids[:10]], [ids[10:]])[1]
         assert np.abs(nll - outcomes.judge(model, [ids[:10]], [ids[10:]])[1]).mean() < 0.1
+
+
+def test_a_screen_that_would_not_pay_is_left_out(tmp_path):
+    model = made(kind="screen")
+    runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
+    assert not {"preview.onnx", "head.npy"} & set(runtime.manifest["files"])
+    exits = runtime.manifest["costs"]["exits"]
+    assert [exit["vocab"] for exit in exits] == [model.costs.shape["vocab"]] * 2
+    whole = made(kind="screen")
+    whole.exits.screen, whole.exits.sizes = None, [None, None]
+    compare(whole, runtime, [0.0, 0.0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="says what memory is used for")
+def test_weights_are_in_memory_once(tmp_path):
+    folder = export(made(), tmp_path / "out", "int4", tokenizer())
+    runtime, resident, count = Runtime.load(folder, threads=1), 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0].islower() or line[0].isdigit():
+            ours = line.endswith(".bin") and str(folder) in line
+            count += ours
+        elif line.startswith("Rss:") and ours:
+            resident += int(line.split()[1])
+    assert count and not resident
+    assert len(list(runtime.generate(prompt(), 3))) == 3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -291,6 +319,20 @@ def test_no_mutation_of_the_folder_goes_unnoticed(folder, tmp_path):
     assert refused == 200
 
 
+def test_exits_are_loaded_when_they_are_asked_for(folder, tmp_path):
+    copied = tmp_path / "out"
+    shutil.copytree(folder, copied)
+    runtime = Runtime.load(copied, threads=1)
+    before = len(runtime.graphs)
+    assert list(runtime.generate(prompt(), 4, policy="full")) and len(runtime.graphs) == before
+    assert list(runtime.generate(prompt(), 4, policy=[math.inf, 0])) and "fill_1" in runtime.graphs
+    assert "fill_0" not in runtime.graphs
+    raw = (copied / "fill_0.bin").read_bytes()
+    (copied / "fill_0.bin").write_bytes(raw[::-1])
+    with pytest.raises(ValueError, match="fill_0.bin was changed"):
+        list(runtime.generate(prompt(), 4, policy=[0, 0]))
+
+
 def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
     from adaptive import sealed
 
@@ -317,7 +359,8 @@ def test_refusals_name_all_that_is_missing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_certificate_is_of_the_folder(tmp_path):
+def test_the_certificate_is_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptive.folder, "CALL", 0)  # next to a toy's weights it is all that counts
     model, asked = made(), [prompt(seed, 4 + seed % 5) for seed in range(24)]
     settings = dict(prompts=asked[8:], selection=asked[:8], budget=0.9, max_new_tokens=10)
     out = export(model, tmp_path / "out", "fp32", tokenizer(), calibrate=settings)
@@ -338,6 +381,17 @@ def test_the_certificate_is_of_the_folder(tmp_path):
             np.testing.assert_allclose(ours_trace.regret, theirs_trace.regret, atol=1e-4)
     for mine, torchs in zip(outcomes.judge(folder, asked, ours), outcomes.judge(model, asked, theirs)):
         np.testing.assert_allclose(mine, torchs, atol=1e-4)
+
+
+def test_exits_that_save_no_time_are_closed(tmp_path, monkeypatch):
+    asked = [prompt(seed, 4 + seed % 5) for seed in range(24)]
+    for call, open_exits in ((0, True), (10**9, False)):
+        monkeypatch.setattr(adaptive.folder, "CALL", call)
+        settings = dict(prompts=asked[8:], selection=asked[:8], risk=0.95, delta=0.5, max_new_tokens=6)
+        out = export(made(), tmp_path / "out", "fp32", tokenizer(), calibrate=settings)
+        found = json.loads((out / "manifest.json").read_text())["certificate"]
+        assert any(threshold is not None for threshold in found["thresholds"]) == open_exits == (found["saved"] > 0)
+        assert ("No exit is open" in (out / "README.md").read_text()) != open_exits
 
 
 def test_chat_templates_are_taken_apart_or_kept():
