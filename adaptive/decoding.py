@@ -7,6 +7,8 @@ verified, the first is the full model's). What a step does is in `walk.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,10 +35,10 @@ def decode(
     generation_config,
     *,
     model,
-    policy: ExitPolicy,
+    policy: ExitPolicy | Sequence[ExitPolicy],
     kv: str = "propagate",
     probe: bool = False,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     streamer=None,
     **model_kwargs,
 ):
@@ -47,17 +49,19 @@ def decode(
         input_ids: [batch, prompt], left-padded.
         logits_processor, stopping_criteria, generation_config: as `generate` prepared them.
         model: the `EarlyExitModel`.
-        policy: who leaves where.
+        policy: who leaves where; one for all rows, or one for each.
         kv: one of STRATEGIES, see `Walk`.
         probe: see `Walk`.
-        seed: row r samples from its own generator, seeded with seed + r: a row alone gives what it gives in a batch.
+        seed: row r samples from its own generator, seeded with seed + r, or with seed[r]: a row alone gives what it
+            gives in a batch.
         streamer: gets every column of new ids.
         **model_kwargs: what `generate` prepared for the model's forward; the mask is used, the cache must be empty.
     """
-    _check(generation_config, input_ids, model_kwargs, model.view, kv)
+    _check(generation_config, input_ids, model_kwargs, model.view, kv, policy)
     tokens = Tokens(input_ids, model_kwargs.get("attention_mask"))
     walk = Walk(model.view, model.exits, model.depths, policy, tokens, kv, probe)
     sources = generators(seed, input_ids) if generation_config.do_sample else None
+    loop = None
     if kv == "verify" and any(walk.asked) and not probe:
         units = model.costs.units()
         several = SHARED if pays(input_ids.device) and model.dtype == torch.float32 else SEVERAL
@@ -65,13 +69,12 @@ def decode(
         loop = Speculation(walk, logits_processor, stopping_criteria, generation_config, sources, plans, streamer)
         ids, scores, logits = loop.run()
     else:
-        loop = walk
         scores, logits = _loop(walk, tokens, logits_processor, stopping_criteria, generation_config, sources, streamer)
         ids = tokens.ids
     if not generation_config.return_dict_in_generate:
         return ids
     out = GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=None)
-    out.trace = loop.trace()
+    out.trace = walk.record.trace(kv) if loop is None else loop.trace()
     return out
 
 
@@ -104,7 +107,7 @@ def _loop(walk: Walk, tokens: Tokens, processors, criteria, config, sources: lis
     return all_scores or None, all_logits or None
 
 
-def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: str) -> None:
+def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: str, policy) -> None:
     problems, past_key_values, mask = [], model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
     prompt, limit = input_ids.shape[1], view.max_context
     if config.num_beams and config.num_beams > 1:
@@ -122,6 +125,10 @@ def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: st
         )
     if kv not in STRATEGIES:
         problems.append(f"kv={kv!r} is not one of {', '.join(STRATEGIES)}; choose one")
+    if not isinstance(policy, ExitPolicy) and len(policy) != len(input_ids):
+        problems.append(f"{len(policy)} policies for {len(input_ids)} rows; give one for all, or one for each")
+    if not isinstance(policy, ExitPolicy) and kv != "propagate":
+        problems.append(f"kv={kv!r} takes one policy for all rows; a policy for each goes with 'propagate'")
     if prompt == 0:
         problems.append("the prompt is empty; give at least one token")
     if problems:

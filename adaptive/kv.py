@@ -33,7 +33,8 @@ class KV(Cache):
         stop: leave each block after its K/V are written (raises `Filled`).
         given: per block, K/V that some of the tokens being run have from elsewhere: which of them, bool [rows, 1,
             tokens, 1], their keys and their values.
-        keys, values: per block [batch, kv heads, capacity, head dim], or None before the first write.
+        batch: rows in use, the first ones of the buffers.
+        keys, values: per block [batch or more, kv heads, capacity, head dim], or None before the first write.
     """
 
     def __init__(self, layers: int, capacity: int, batch: int):
@@ -61,16 +62,16 @@ class KV(Cache):
         self.write(layer_idx, key_states, value_states)
         if self.stop:
             raise Filled
-        end = self.column + key_states.shape[2]
+        rows, end = key_states.shape[0], self.column + key_states.shape[2]
+        if self.rows is None:
+            return self.keys[layer_idx][:rows, :, :end], self.values[layer_idx][:rows, :, :end]
         keys, values = self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
-        if self.rows is not None:
-            keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
-        return keys, values
+        return keys.index_select(0, self.rows), values.index_select(0, self.rows)
 
     def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
         """Writes K/V [rows, kv heads, tokens, head dim] of a block at `column`."""
         end = self._reserve(layer, key_states, value_states)
-        where = slice(None) if self.rows is None else self.rows
+        where = slice(key_states.shape[0]) if self.rows is None else self.rows
         self.keys[layer][where, :, self.column : end] = key_states
         self.values[layer][where, :, self.column : end] = value_states
 
@@ -92,7 +93,7 @@ class KV(Cache):
         for buffers, states in ((self.keys, key_states), (self.values, value_states)):
             fresh = states.new_zeros(self.batch, states.shape[1], self.capacity, states.shape[3])
             if buffers[layer] is not None:
-                fresh[:, :, : buffers[layer].shape[2]] = buffers[layer]
+                fresh[:, :, : buffers[layer].shape[2]] = buffers[layer][: self.batch]
             buffers[layer] = fresh
 
     def select(self, kept: Tensor) -> None:
@@ -100,6 +101,17 @@ class KV(Cache):
         self.batch = len(kept)
         self.keys = [None if keys is None else keys[kept] for keys in self.keys]
         self.values = [None if values is None else values[kept] for values in self.values]
+
+    def repeat(self, rows: Tensor, end: int) -> None:
+        """Adds copies of the first `end` columns of these rows behind the others."""
+        before, self.batch = self.batch, self.batch + len(rows)
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    if self.batch > len(buffer):
+                        buffers[layer] = buffer.new_zeros(2 * self.batch, *buffer.shape[1:])
+                        buffers[layer][:before, :, :end] = buffer[:before, :, :end]
+                    buffers[layer][before : self.batch, :, :end] = buffer[rows, :, :end]
 
     def shift(self, row: int, by: int, end: int) -> None:
         """Moves the first `end` columns of a row to the right; what they leave behind is padding."""
@@ -143,12 +155,12 @@ class SharedKV:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Ignores what the head block projects and returns the backbone's K/V of all tokens so far."""
-        end = self.cache.column + key_states.shape[2]
+        rows, end = key_states.shape[0], self.cache.column + key_states.shape[2]
         keys = self.cache.keys[layer_idx - self.offset][:, :, :end]
         values = self.cache.values[layer_idx - self.offset][:, :, :end]
-        if self.cache.rows is not None:
-            keys, values = keys.index_select(0, self.cache.rows), values.index_select(0, self.cache.rows)
-        return keys, values
+        if self.cache.rows is None:
+            return keys[:rows], values[:rows]
+        return keys.index_select(0, self.cache.rows), values.index_select(0, self.cache.rows)
 
 
 class TrainingKV(KV):

@@ -47,7 +47,7 @@ class Tokens:
     def since(self, first: int, rows: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor]:
         """Returns ids from column `first` on, the mask of all columns, and positions from `first` on, of some rows."""
         device = self.ids.device
-        ids = self.ids[:, first:] if len(rows) == len(self.ids) else self.ids[torch.as_tensor(rows), first:]
+        ids = at(self.ids[:, first:], rows)
         padding, columns = self.padding[rows], torch.arange(self.length, device=device)
         if not padding.any():
             return ids, None, columns[first:].expand(len(rows), -1)
@@ -202,6 +202,13 @@ class Lane:
             self.states[row, by : end + by] = self.states[row, :end].clone()
 
 
+def at(values: Tensor, places: np.ndarray) -> Tensor:
+    """Returns values[places], which is no copy where these are all."""
+    if len(places) == len(values) and (places == np.arange(len(places))).all():
+        return values
+    return values[torch.as_tensor(places, device=values.device)]
+
+
 def gather(done: list[tuple[Cells, Tensor]], rows: np.ndarray) -> Tensor:
     """Returns the states [rows, 1, hidden] of the newest tokens out of those of some passes."""
     if len(done) == 1:
@@ -238,6 +245,13 @@ class BlockLane:
             self.lane.cache.select(torch.as_tensor(kept, device=self.backbone.device))
             self.lane.select(kept)
 
+    def repeat(self, rows: np.ndarray, end: int) -> None:
+        """Adds copies of these rows, up to column `end`, behind the others."""
+        if self.lane is not None:
+            before = self.lane.cache.batch
+            self.lane.cache.repeat(torch.as_tensor(rows, device=self.backbone.device), end)
+            self.lane.select(np.concatenate([np.arange(before), rows]))
+
     def shared_features(self, state: Tensor, calls: list) -> Tensor:
         """Returns the normed state [rows, 1, hidden] of a head on the backbone's K/V, for the newest tokens.
 
@@ -247,13 +261,10 @@ class BlockLane:
         """
         return self.head(state, [replace_cache(call, self.main, self.shared) for call in calls])
 
-    def own_features(self, rows: np.ndarray, tokens: Tokens, members: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Returns the normed state [rows, 1, hidden] of a head with K/V of its own, and how many tokens of each row it
-        ran for it."""
-        newest = tokens.length - 1
-        count = newest + 1 - self.lane.frontier[rows]
-        done = []
+    def own_features(self, rows: np.ndarray, tokens: Tokens, members: np.ndarray) -> Tensor:
+        """Returns the normed state [rows, 1, hidden] of a head with K/V of its own."""
+        newest, done = tokens.length - 1, []
         for cells in self.lane.waiting(rows, newest):
             calls = cells.start(self.backbone, tokens, members, self.lane.cache)
             done.append((cells, self.head(cells.take(self.lane.states), calls)))
-        return gather(done, rows), count
+        return gather(done, rows)

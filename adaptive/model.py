@@ -226,10 +226,10 @@ class EarlyExitModel(nn.Module):
     def generate(
         self,
         *args,
-        policy: ExitPolicy | Sequence[float] | None = None,
+        policy: ExitPolicy | Sequence[float] | Sequence[ExitPolicy] | None = None,
         kv: str = "propagate",
         probe: bool = False,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         streamer=None,
         **kwargs,
     ):
@@ -237,13 +237,15 @@ class EarlyExitModel(nn.Module):
 
         Args:
             *args: as in transformers.
-            policy: who leaves where; thresholds, one per exit, will do. The certificate's if None, else full depth.
+            policy: who leaves where; thresholds, one per exit, will do. The certificate's if None, else full depth. Or
+                a list with an `ExitPolicy` for each row: rows with the same prompt are run as one until they part.
             kv: what becomes of the blocks beyond an exit. "propagate": their K/V come from the state that the token
                 left with. "recompute": the token waits, and goes on in one batch with the next that does; K/V are then
                 those of a full pass. "verify": the same, and the full model judges what was said early: greedy answers
                 are those of full depth, sampled ones follow its distribution. A certificate is of "propagate".
             probe: generate at full depth and record what every exit would have said (`Trace.regret`).
-            seed: row r samples with a generator of its own seeded with seed + r. None draws one from torch's generator.
+            seed: row r samples with a generator of its own seeded with seed + r, or seed[r] if these are several. None
+                draws one from torch's generator.
             streamer: as in transformers.
             **kwargs: as in transformers.
 
@@ -251,14 +253,15 @@ class EarlyExitModel(nn.Module):
             ValueError: thresholds that do not fit the exits, an unknown `kv`, beam search, a prompt longer than the
                 context.
         """
-        policy = (
-            self.policy if policy is None else policy if isinstance(policy, ExitPolicy) else ExitPolicy(tuple(policy))
-        )
-        if len(policy.thresholds) != self.num_exits:
-            raise ValueError(
-                f"the policy has {len(policy.thresholds)} thresholds, the model {self.num_exits} exits (depths "
-                f"{list(self.depths)}); give one per exit"
-            )
+        policy = self.policy if policy is None else policy
+        if not isinstance(policy, ExitPolicy) and not any(isinstance(each, ExitPolicy) for each in policy):
+            policy = ExitPolicy(tuple(policy))
+        for each in [policy] if isinstance(policy, ExitPolicy) else policy:
+            if len(each.thresholds) != self.num_exits:
+                raise ValueError(
+                    f"the policy has {len(each.thresholds)} thresholds, the model {self.num_exits} exits (depths "
+                    f"{list(self.depths)}); give one per exit"
+                )
         loop = partial(decode, model=self, policy=policy, kv=kv, probe=probe, seed=seed, streamer=streamer)
         return self.backbone.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
 

@@ -215,6 +215,15 @@ class Trace:
 
         return replace(self, **{name: pick(name) for name in ENTRIES}, rejected=None)
 
+    def part(self, rows: slice) -> Trace:
+        """Returns the trace of some rows, up to the last token that one of them has."""
+        longest = max(1, int(self.valid[rows].sum(axis=1).max()))
+
+        def cut(name: str) -> np.ndarray | None:
+            return None if (array := getattr(self, name)) is None else array[rows, :longest]
+
+        return replace(self, **{name: cut(name) for name in ENTRIES}, prompt=self.prompt[rows], rejected=None)
+
     @classmethod
     def join(cls, traces: Sequence[Trace]) -> Trace:
         """Returns one trace holding the rows of several, padded to the longest."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 
-def generators(seed: int | None, input_ids: Tensor) -> list[torch.Generator]:
-    """Returns one generator per row of input_ids [batch, tokens]; row r's is seeded with seed + r."""
-    base = int(torch.randint(2**62, ())) if seed is None else seed
-    return [torch.Generator(input_ids.device).manual_seed(base + row) for row in range(len(input_ids))]
+def generators(seed: int | Sequence[int] | None, input_ids: Tensor) -> list[torch.Generator]:
+    """Returns one generator per row of input_ids [batch, tokens]; row r's is seeded with seed + r, or with seed[r]."""
+    if not isinstance(seed, Sequence):
+        base = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = range(base, base + len(input_ids))
+    return [torch.Generator(input_ids.device).manual_seed(each) for each in seed]
 
 
 def pick(scores: Tensor, sources: list | None, live: Sequence[int]) -> Tensor:

@@ -102,7 +102,7 @@ class Speculation:
 
     def trace(self) -> Trace:
         """Returns the trace of the tokens said, with that of the drafts thrown away."""
-        whole = self.walk.trace()
+        whole = self.walk.record.trace("verify")
         kept, steps = whole.accepted >= 0, whole.valid
         whole.accepted = whole.accepted > 0
         out = whole.picked(kept & steps)
@@ -112,12 +112,12 @@ class Speculation:
     def _advance(self, live: list[Row], logits: Tensor) -> None:
         """Takes in one step of the walk: a draft more, or a judgement, for every live row; then aligns the rows."""
         walk, column = self.walk, self.tokens.length
-        now = walk.columns[-1]
+        now = walk.record.columns[-1]
         now["accepted"] = np.full(len(self.rows), -1, np.int8)  # -1 until the token is certain
         judged = self._judged()
         ends, newest = [], []
         for place, row in enumerate(live):
-            row.steps.append(len(walk.columns) - 1)
+            row.steps.append(len(walk.record.columns) - 1)
             row.plan.passed(*(now[name][row.index] for name in ("taken", "headed", "behind")))
             if place in judged:
                 end, token = self._judge(row, judged[place])
@@ -184,7 +184,7 @@ class Speculation:
             row.said.append(said)
             row.scores += [scores[count]] if self.keep_scores else []
             row.logits += [logits[count]] if self.keep_logits else []
-            self.walk.columns[row.steps[count]]["accepted"][row.index] = count < kept or kept == len(drafts)
+            self.walk.record.columns[row.steps[count]]["accepted"][row.index] = count < kept or kept == len(drafts)
             row.ended = self._ends(row, first + count, said)
             if row.ended:
                 break

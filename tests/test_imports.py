@@ -20,7 +20,7 @@ ROWS = [
     ["checked", "config", "policy", "costs", "calibration", "ranking", "drafting", "board", *RUNTIME],
     ["pretrained", "data", "prompts", "turned", "anatomy", "kv", "backbone", "losses", "screen", "fills"]
     + ["exits", "objective", *GRAPHS],
-    ["lanes", "walk", "sampling", "verify", "decoding"],
+    ["lanes", "members", "record", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "states", "measure", "outcomes", "certify"]
     + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
