@@ -96,20 +96,21 @@ class KV(Cache):
                 fresh[:, :, : buffers[layer].shape[2]] = buffers[layer][: self.batch]
             buffers[layer] = fresh
 
-    def select(self, kept: Tensor) -> None:
-        """Keeps only these rows, for good."""
-        self.batch = len(kept)
-        self.keys = [None if keys is None else keys[kept] for keys in self.keys]
-        self.values = [None if values is None else values[kept] for values in self.values]
+    def select(self, kept: Tensor, end: int) -> None:
+        """Keeps only these rows, in ascending order, and their first `end` columns, for good."""
+        self.batch, stay = len(kept), int((kept == torch.arange(len(kept), device=kept.device)).cumprod(0).sum())
+        for buffer in (*self.keys, *self.values):
+            if buffer is not None:  # in place: new memory costs more than what is moved
+                buffer[stay : self.batch, :, :end] = buffer[kept[stay:], :, :end]
 
     def repeat(self, rows: Tensor, end: int) -> None:
-        """Adds copies of the first `end` columns of these rows behind the others."""
+        """Adds copies of these rows, of their first `end` columns, behind the others."""
         before, self.batch = self.batch, self.batch + len(rows)
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:
                     if self.batch > len(buffer):
-                        buffers[layer] = buffer.new_zeros(2 * self.batch, *buffer.shape[1:])
+                        buffers[layer] = buffer.new_empty(2 * self.batch, *buffer.shape[1:])
                         buffers[layer][:before, :, :end] = buffer[:before, :, :end]
                     buffers[layer][before : self.batch, :, :end] = buffer[rows, :, :end]
 

@@ -242,13 +242,14 @@ class BlockLane:
     def select(self, kept: np.ndarray) -> None:
         """Keeps only these rows."""
         if self.lane is not None:
-            self.lane.cache.select(torch.as_tensor(kept, device=self.backbone.device))
+            end = int(self.lane.frontier.max())
+            self.lane.cache.select(torch.as_tensor(kept, device=self.backbone.device), end)
             self.lane.select(kept)
 
-    def repeat(self, rows: np.ndarray, end: int) -> None:
-        """Adds copies of these rows, up to column `end`, behind the others."""
+    def repeat(self, rows: np.ndarray) -> None:
+        """Adds copies of these rows behind the others."""
         if self.lane is not None:
-            before = self.lane.cache.batch
+            before, end = self.lane.cache.batch, int(self.lane.frontier.max())
             self.lane.cache.repeat(torch.as_tensor(rows, device=self.backbone.device), end)
             self.lane.select(np.concatenate([np.arange(before), rows]))
 

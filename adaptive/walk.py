@@ -127,7 +127,7 @@ class Walk:
     def _shrink(self, kept: np.ndarray) -> None:
         """Keeps only these rows of the K/V; the others' have ended."""
         self.members.select(kept)
-        self.kv.select(torch.as_tensor(kept, device=self.device))
+        self.kv.select(torch.as_tensor(kept, device=self.device), self.newest + 1)
         for lane in (*self.lanes, *self.heads):
             if lane is not None:
                 lane.select(kept)
@@ -148,7 +148,7 @@ class Walk:
         self.kv.repeat(torch.as_tensor(sources, device=self.device), self.newest + 1)
         for head in self.heads:
             if head is not None:
-                head.repeat(sources, self.newest + 1)
+                head.repeat(sources)
         return np.concatenate([np.arange(before), sources])
 
     def _begin(self) -> Tensor:
