@@ -157,19 +157,24 @@ def _point(row: dict) -> tuple[float, float] | None:
     return row["average"] and (_cost(row), row["average"]["value"])
 
 
-def _average(row: dict, full: dict) -> dict:
+def _average(row: dict, full: dict) -> dict | None:
     """Returns the quality kept: the mean over tasks of the score relative to full depth (inverted where lower is
     better), and its standard error from those of the row, taken as independent; those of full depth are left out,
-    since both saw the same documents."""
-    kept, variance = [], 0.0
+    since both saw the same documents. A task is `left_out` on which full depth itself is no better than 0 by two
+    standard errors: nothing is there to be kept, and a ratio would be of noise. None if no task remains."""
+    kept, variance, left_out = [], 0.0, []
     for task, ours in row["tasks"].items():
-        theirs, value = full["tasks"][task]["value"], ours["value"]
-        ratio, error = 1.0, (ours["stderr"] or 0.0)
-        if ours["higher_is_better"]:
-            if theirs:
-                ratio, error = value / theirs, error / abs(theirs)
-        elif value:
-            ratio, error = theirs / value, abs(theirs) * error / value**2
+        theirs, value, error = full["tasks"][task], ours["value"], ours["stderr"] or 0.0
+        if not ours["higher_is_better"]:
+            ratio = theirs["value"] / value if value else 1.0
+            error *= abs(ratio / value) if value else 1.0
+        elif theirs["value"] <= 2 * (theirs["stderr"] or 0.0):
+            left_out.append(task)
+            continue
+        else:
+            ratio, error = value / theirs["value"], error / theirs["value"]
         kept.append(ratio)
-        variance += (error / len(row["tasks"])) ** 2
-    return {"value": sum(kept) / len(kept), "stderr": math.sqrt(variance)}
+        variance += error**2
+    if not kept:
+        return None
+    return {"value": sum(kept) / len(kept), "stderr": math.sqrt(variance) / len(kept), "left_out": left_out}

@@ -21,7 +21,7 @@ class Tally:
         taken: tokens that left at each of them.
         flops, full_flops, bytes, full_bytes: as `costs.Price` has them.
         unlisted: tokens to be scored that the exit taken cannot say.
-        generated: tokens that were generated, the others were given.
+        generated: tokens that were generated while the clock ran; the others were given, or generated with others'.
         seconds: taken to generate them.
     """
 
@@ -37,7 +37,7 @@ class Tally:
 
     @classmethod
     def of(cls, trace: Trace, costs: Costs, unlisted: int = 0, seconds: float | None = None) -> Tally:
-        """Returns the tally of one trace; `seconds` if it was generated."""
+        """Returns the tally of one trace; `seconds` if its generation was timed."""
         price = costs.price(trace)
         taken = np.bincount(trace.taken[trace.valid], minlength=len(trace.exits) + 1).tolist()
         return cls(
@@ -67,7 +67,7 @@ class Tally:
     def summary(self) -> dict | None:
         """Returns the trace statistics, None of no tokens: `tokens`, `mean_depth` in blocks, `histogram` (depth and
         share of the tokens, in order), `relative_flops`, `relative_bytes`, `unlisted` (share), `tokens_per_second` of
-        generation at the batch size used, prefill included, or None."""
+        those generated with a clock, at the batch size used, prefill included, or None."""
         count = sum(self.taken)
         if not count:
             return None

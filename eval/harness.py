@@ -5,7 +5,8 @@
     accelerate launch --multi_gpu --num_processes 2 eval/harness.py ...         # data parallel
 
 Policies: full, exit=K, certified, risk=EPSILON and budget=SHARE (certificates of train/calibrate.py), thresholds=A,B,..
-All policies are scored in one pass, as far as they agree. Per policy, two files in OUTPUT/MODEL:
+All policies are scored in one pass, and generate as one batch, as far as they agree; tokens/s are of a task's first
+batch, generated under each alone. Per policy, two files in OUTPUT/MODEL:
 
     results_TIME.json      as lm-eval writes it
     adaptive_TIME.json     trace statistics: mean depth, histogram, relative FLOPs and bytes, tokens/s, by task
@@ -35,7 +36,7 @@ class HarnessConfig(Checked):
         chat_template: put questions into the tokenizer's chat template
         system_instruction: for the chat template
         fewshot_as_multiturn: with a chat template, examples as turns of a conversation
-        batch_size: rows at once
+        batch_size: rows at once; texts are generated for that many under every policy
         max_length: longest context in tokens; none = the model's
         dtype: of the weights; none = as saved
         device: none = an accelerator if there is one

@@ -100,13 +100,19 @@ def metric_names(rows: list[dict]) -> dict[str, str]:
     return {task: row["tasks"][task]["metric"] for row in reversed(rows) for task in row["tasks"]}
 
 
+def left_out(rows: list[dict]) -> str:
+    """Returns a sentence about tasks that the average does not have; empty if there are none."""
+    tasks = sorted({task for row in rows for task in (row["average"] or {}).get("left_out", [])})
+    return f"Not in quality kept, as full depth is no better than 0 there: {', '.join(tasks)}." if tasks else ""
+
+
 def page(rows: list[dict], problems: list[str]) -> str:
     """Returns the whole page as HTML."""
     machines = {json.dumps(row["machine"]) for row in rows if row["machine"]}
     where = "one machine" if len(machines) == 1 else f"{len(machines)} machines: compare tokens/s within one only"
     about = (
         f"{len(rows)} rows, {len(task_names(rows))} tasks. Every score went through the exits: log-likelihoods come "
-        f"from the exit that each token leaves at, texts from the decoding loop. Timed on {where}."
+        f"from the exit that each token leaves at, texts from the decoding loop. Timed on {where}. {left_out(rows)}"
     )
     data = {
         "rows": rows,
@@ -172,6 +178,7 @@ def markdown(rows: list[dict], problems: list[str]) -> str:
         lines.append([cell.replace("|", "\\|") for cell in cells])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text += "\n\n▽ dominated: another row of this backbone costs no more and keeps no less. ± standard error.\n"
+    text += f"{left_out(rows)}\n" if left_out(rows) else ""
     return text + "".join(f"\nSkipped: {line}\n" for line in problems)
 
 

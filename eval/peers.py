@@ -8,7 +8,7 @@ own bound: economize by fixed-sequence testing with Hoeffding-Bentkus from its m
 same sequence with WSR over the points that a survey of the selection prompts suggests. Reported per side: share of
 layers executed, FLOPs by our meter, quality, violations over re-splits of the certification prompts, seconds of
 calibration, tokens/s. Its depths are counted layer by layer as it runs (its `CostModel` does not see exits).
-Needs the extra [peers].
+The peer's training is kept beside OUTPUT, in a folder that ends in .peer. Needs the extra [peers].
 """
 
 import sys
@@ -162,10 +162,11 @@ def economized(model: EarlyExitModel, settings: dict, config: PeersConfig) -> Si
     data = rows.load_rows(config.data or settings["data"], settings.get("model", ""), 256)["input_ids"].long()
     batch = settings.get("batch_size", 4)
     peer = economize.apply(copy.deepcopy(model.view.inner), CalmConfig(confidence="classifier", threshold=0.9))
-    begun = time.perf_counter()
-    steps = config.steps or settings.get("steps", 100)
-    fit(peer, data, objective="calm", steps=steps, batch_size=batch, seed=config.seed)
-    training = time.perf_counter() - begun
+    # Every step asks for the vocabulary at every depth, which takes long on a CPU: an interrupted contest goes on here.
+    kept = Path(config.output).with_suffix(".peer")
+    settings = {"steps": config.steps or settings.get("steps", 100), "batch_size": batch, "seed": config.seed}
+    done = fit(peer, data, objective="calm", output_dir=kept, resume=True, save_every=6, **settings)
+    training = done.history[-1]["time"]
     peer.eval()
     layers = model.view.num_layers
     # Every depth is an exit through the model's own norm and head, and asks a linear gate on the way.

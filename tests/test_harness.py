@@ -168,6 +168,25 @@ def test_one_pass_serves_all_policies(place, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_texts_of_policies_together_are_those_of_each_alone(place, monkeypatch, sampled):
+    names, calls = ["full", "exit=2", "thresholds=0.5/0.5/0.5"], []
+    settings = {"limit": 12, "gen_kwargs": "do_sample=true,temperature=1.5" if sampled else None}
+    inner = EarlyExitModel.generate
+    monkeypatch.setattr(EarlyExitModel, "generate", lambda *a, **b: calls.append(len(b["input_ids"])) or inner(*a, **b))
+    together, found = adaptive(place, ";".join(names), batch_size=4), {}
+    for together.policy in names:
+        found[together.policy] = evaluated(together, place, ["answers"], **settings)[1]
+    assert calls == [4, 4, 4, 4, 12, 12], "a first batch to warm up and to time each alone; the others are shared"
+    for name in names:
+        alone = adaptive(place, name, batch_size=4)
+        assert_same([*evaluated(alone, place, ["answers"], **settings)[1].values()], [*found[name].values()], 0)
+        ours, theirs = (lm.summaries(name)["tasks"]["answers"] for lm in (together, alone))
+        assert ours.pop("tokens_per_second") > 0 and theirs.pop("tokens_per_second") > 0
+        assert ours == theirs and together.examples[name] == alone.examples[name]
+    assert len({str(answers) for answers in found.values()}) == 3
+
+
 def test_policies_are_named_and_the_unknown_refused(place):
     model = EarlyExitModel.from_pretrained(place / "run")
     assert policy_named("thresholds=0.5/inf/0", model, place)[0].thresholds == (0.5, math.inf, 0.0)

@@ -78,6 +78,20 @@ def test_rows_are_the_files_figures(place):
     assert full["full"] and full["oracle_share"]["all"] == 0
 
 
+def test_a_task_that_full_depth_cannot_do_is_left_out_of_the_average(place, tmp_path):
+    for path in place.glob("results_*.json"):
+        own = json.loads(path.read_text())
+        own["results"]["task0"] = {"acc,none": 0.02 if "full" in path.read_text() else 0.04, "acc_stderr,none": 0.02}
+        path.write_text(json.dumps(own))
+    rows, _ = board.read([place])
+    a = next(row for row in rows if row["policy"] == "a")
+    assert a["average"]["value"] == pytest.approx(0.95) and a["average"]["left_out"] == ["task0"]
+    command("--results", place, "--output", tmp_path / "out")
+    text = (tmp_path / "out" / "leaderboard.md").read_text()
+    assert "full depth is no better than 0 there: task0." in text and "0.040 ± 0.020" in text
+    assert "there: task0." in (tmp_path / "out" / "leaderboard.html").read_text()
+
+
 def test_what_is_broken_is_named_and_skipped_and_the_rest_is_drawn(place, tmp_path):
     half = results(place, "runs/tiny", "c", 0.7, 0.7)
     half.write_text(half.read_text()[:200])

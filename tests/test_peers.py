@@ -63,11 +63,13 @@ def test_both_sides_are_judged_alike(peers, place, tmp_path):
         assert 0 < side["executed_layer_share"] <= 1 and side["harm"] <= 1
         assert set(side["tokens_per_second"]) == {"1", "8"}
     assert json.loads((tmp_path / "peers.json").read_text())["sides"] == document["sides"]
+    again = peers.economized(EarlyExitModel.from_pretrained(place / "run"), {}, config)
+    assert again.training == document["sides"]["economize"]["training_seconds"], "its training is kept"
 
 
-def test_its_depths_are_its_own_counts_and_never_leaving_is_our_full_depth(peers, place):
+def test_its_depths_are_its_own_counts_and_never_leaving_is_our_full_depth(peers, place, tmp_path):
     config = peers.PeersConfig(
-        run=str(place / "run"), prompts="x", output="y", data=[str(place / "rows.safetensors")], max_new_tokens=6,
+        run=str(place / "run"), prompts="x", output=str(tmp_path / "y.json"), data=[str(place / "rows.safetensors")], max_new_tokens=6,
         points=3, steps=2,
     )  # fmt: skip
     model = EarlyExitModel.from_pretrained(place / "run")
