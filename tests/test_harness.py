@@ -235,6 +235,18 @@ def test_the_command_writes_both_files_for_each_policy(place, tmp_path):
     assert "| choices" in done.stdout and "full" in done.stdout
 
 
+def test_what_scoring_takes_is_compared_with_plain_hf(place, tmp_path):
+    words = [sys.executable, str(ROOT / "eval" / "overhead.py"), "--model", str(place / "run"), "--limit", "3"]
+    words += ["--include_path", str(place), "--output", str(tmp_path / "o.json"), "--policy", "full", "exit=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(place / "cache")}
+    done = subprocess.run([*words, "--tasks", "words,answers"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert list(found["tasks"]) == ["words", "answers"] and "all 2 tasks: hf" in done.stdout
+    for name in ("hf", "one", "all"):
+        assert found["total"]["seconds"][name] == sum(task["seconds"][name] for task in found["tasks"].values()) > 0
+
+
 def test_two_processes_score_as_one_does(place, tmp_path):
     flags = ["--tasks", "choices,pages", "--policy", "full", "exit=2", "--limit", "10"]
     with socket.socket() as free:
