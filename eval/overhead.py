@@ -5,7 +5,8 @@
 
 Timed are whole evaluations (tokenizing, scoring, metrics), one after the other in one process, the model loaded before;
 so are a few documents first, that warm everything up. Tasks are added to those that OUTPUT has already, and all of them
-together are its "total". Texts: a task's first batch is generated under each policy alone, for tokens/s; that counts, too.
+together are its "total". A task's first batch of texts is generated under each policy alone, for tokens/s: that counts,
+too.
 """
 
 import sys

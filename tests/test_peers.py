@@ -69,8 +69,8 @@ def test_both_sides_are_judged_alike(peers, place, tmp_path):
 
 def test_its_depths_are_its_own_counts_and_never_leaving_is_our_full_depth(peers, place, tmp_path):
     config = peers.PeersConfig(
-        run=str(place / "run"), prompts="x", output=str(tmp_path / "y.json"), data=[str(place / "rows.safetensors")], max_new_tokens=6,
-        points=3, steps=2,
+        run=str(place / "run"), prompts="x", output=str(tmp_path / "y.json"), data=[str(place / "rows.safetensors")],
+        max_new_tokens=6, points=3, steps=2,
     )  # fmt: skip
     model = EarlyExitModel.from_pretrained(place / "run")
     side = peers.economized(model, {}, config)
