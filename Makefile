@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python eval/report.py --run $(RUN) --prompts $(PROMPTS)
 	$(BIN)/python eval/harness.py --config configs/demo_scores.yaml
 	$(BIN)/python eval/leaderboard.py --results $(RUN)/scores --output $(RUN)/leaderboard
-	$(BIN)/python -m adaptive.export $(RUN) $(RUN)-int4 --prompts $(PROMPTS) --risk 0.05 --certify 80 --max-new-tokens 16
+	$(BIN)/python -m adaptive.export $(RUN) $(RUN)-int4 --prompts $(PROMPTS) --risk 0.1 --certify 60 --max-new-tokens 16
 
 # The page under results/, from the result files there.
 leaderboard: $(STAMP)
