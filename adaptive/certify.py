@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 HARMS = ("regret", "disagreement", "sequence")
 CAUTION = 0.9  # aim for a bound this far below the risk: free generation drifts from the survey
 SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
-RETREAT = 1.25  # the second attempt expects at least so many times the harm that the survey promises
+RETREAT = 0.5  # the second attempt allows this share of the harm that the first one was promised
 
 
 class Refused(ValueError):
@@ -100,7 +100,7 @@ def harm_of_answers(harm: str | Callable, answers: list[list[int]], reference: l
     return found
 
 
-def choose(model, found: Survey, request: Request, n: int, delta: float, drift: float) -> tuple[tuple, dict]:
+def choose(model, found: Survey, request: Request, n: int, delta: float, most: float) -> tuple[tuple, dict]:
     """Returns thresholds, and what the survey promises of them.
 
     For a risk: the cheapest thresholds whose harms, resampled as another survey and then to the size of the
@@ -114,7 +114,7 @@ def choose(model, found: Survey, request: Request, n: int, delta: float, drift: 
         request: what was asked for.
         n: prompts that will certify.
         delta: of the attempt.
-        drift: how many times the promised harm to expect.
+        most: largest mean harm per token to consider.
     """
     arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
     by_token = request.harm in ("regret", "disagreement")
@@ -126,7 +126,6 @@ def choose(model, found: Survey, request: Request, n: int, delta: float, drift: 
             asked, policy = unpadded(found.prompts), ExitPolicy(tuple(thresholds))
             answers = answer(model, asked, policy, request.max_new_tokens, request.batch_size, note="choosing")[0]
             harms = harm_of_answers(request.harm, answers, unpadded(found.answers))
-        harms = np.minimum(harms * drift, 1.0)
         generator, bounds = np.random.default_rng(request.seed), []
         for _ in range(20):
             other = generator.choice(harms, len(harms))  # another survey, as it might have been
@@ -136,7 +135,7 @@ def choose(model, found: Survey, request: Request, n: int, delta: float, drift: 
     if request.budget is not None:
         thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)
     else:
-        low, high, thresholds = 0.0, request.risk, np.full(found.scores.shape[1], np.inf)
+        low, high, thresholds = 0.0, most, np.full(found.scores.shape[1], np.inf)
         for _ in range(10 if by_token else 5):
             middle = (low + high) / 2
             tried = ranking.rank_thresholds(*arrays, found.full_cost, middle, found.rows)
@@ -273,11 +272,11 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
     if request.harm not in ("regret", "disagreement"):
         full = ExitPolicy.full(model.num_exits)
         reference = answer(model, prompts, full, request.max_new_tokens, request.batch_size)[0]
-    by_risk, drift, epsilon = request.budget is None, 1.0, request.risk if request.budget is None else 1.0
+    by_risk, most, epsilon = request.budget is None, request.risk, request.risk if request.budget is None else 1.0
     for delta in calibration.spend(request.delta, 2) if by_risk else [request.delta]:
         if by_risk and len(prompts) < calibration.needed_prompts(request.risk, delta, request.bound):
             break  # the second attempt's smaller delta needs more
-        thresholds, promise = choose(model, found, request, len(prompts), delta, drift)
+        thresholds, promise = choose(model, found, request, len(prompts), delta, most)
         if by_risk and not np.isfinite(thresholds).any():
             logger.warning("no exit can be opened on %d prompts at a risk of %s: never leaving", len(prompts), epsilon)
         outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
@@ -287,22 +286,11 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
         if passed:
             return _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
         logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", thresholds, upper, harms.mean())
-        if not drift > 1.0:
-            drift = max(RETREAT, rehearse(model, found, request, thresholds, promise["harm"]))
+        most = promise["harm"] * RETREAT
     raise Refused(
         f"no policy was certified at `risk`={request.risk}, `delta`={request.delta}: the last bound was {upper:.4f} on "
         f"{len(harms)} prompts (mean harm {harms.mean():.4f}); raise the risk, give more prompts, or train longer"
     )
-
-
-def rehearse(model, found: Survey, request: Request, thresholds: tuple, promised: float) -> float:
-    """Returns how many times the harm that the survey promised comes about when the selection prompts are answered
-    freely; 0 for harms of whole answers, where that was chosen by. The prompts that certify have no part in it."""
-    if request.harm not in ("regret", "disagreement"):
-        return 0.0
-    asked, policy = unpadded(found.prompts), ExitPolicy(thresholds)
-    outcome = observe(model, asked, policy, request.max_new_tokens, request.batch_size)
-    return float(loss_per_prompt(request.harm, request.tolerance, outcome, None).mean() / max(promised, 1e-9))
 
 
 def _certificate(model, request: Request, prompts, outcome: Outcome, harms, thresholds, upper, promise) -> Certificate:

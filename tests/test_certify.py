@@ -137,30 +137,3 @@ def test_penalties_of_the_generation_config_do_not_count_as_harm(model):
     model.generation_config.repetition_penalty = 1.5
     outcome = outcomes.observe(model, questions(4), ExitPolicy.full(2), NEW)
     assert np.nanmax(outcome.regret) < 1e-4
-
-
-def test_a_second_attempt_expects_what_free_generation_did_to_the_selection_prompts(model, monkeypatch):
-    asked, chosen, drifts = questions(150), questions(40, seed=9), []
-    seen, choose, observe, certified = [], certify.choose, certify.observe, certify.calibration.certify
-
-    def noted(*args):
-        drifts.append(args[-1])
-        return choose(*args)
-
-    def watched(model, prompts, policy, *args):
-        seen.append((prompts, policy))
-        outcome = observe(model, prompts, policy, *args)
-        outcome.regret[:, 1::3] += 1  # a drift that teacher-forced surveys know nothing of
-        return outcome
-
-    monkeypatch.setattr(certify, "choose", noted)
-    monkeypatch.setattr(certify, "observe", watched)
-    monkeypatch.setattr(
-        certify.calibration, "certify", lambda *args, **kw: (len(drifts) == 2, certified(*args, **kw)[1])
-    )
-    certificate = calibrate(model, asked, risk=0.3, delta=0.2, selection=chosen, max_new_tokens=NEW)
-    (first, policy), (rehearsed, again), (second, careful) = seen
-    assert sorted(first) == sorted(second) == sorted(asked) and rehearsed == chosen and again is not careful
-    assert again.thresholds == policy.thresholds and drifts[0] == 1.0 and drifts[1] > 1.5
-    assert all(now >= then for now, then in zip(careful.thresholds, policy.thresholds, strict=True))
-    assert certificate.thresholds == list(careful.thresholds)
