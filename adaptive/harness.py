@@ -132,7 +132,8 @@ class AdaptiveLM(HFLM):
         policy: name of the one in force.
         tallies: by name of the policy and the task, what it cost.
         oracles: by task, what leaving at the first exit that agrees would have cost.
-        examples: by name of the policy and the task, the first answer: prompt, and (text, depth) of every token.
+        examples: by name of the policy and the task, the first answer: prompt, and (text, depth, whether it left at an
+            exit) of every token.
     """
 
     def __init__(
@@ -323,8 +324,8 @@ class AdaptiveLM(HFLM):
         return ids
 
     def _example(self, prompt: list[int], answer: list[int], trace: Trace) -> dict:
-        depths = trace.depth[0, : len(answer)].tolist()
-        tokens = [list(pair) for pair in zip(pieces(self.tokenizer, answer), depths, strict=True)]
+        depths, early = (entries[0, : len(answer)].tolist() for entries in (trace.depth, trace.drafted))
+        tokens = [list(token) for token in zip(pieces(self.tokenizer, answer), depths, early, strict=True)]
         return {"prompt": self.tokenizer.decode(prompt), "tokens": tokens}
 
     def summaries(self, name: str) -> dict | None:

@@ -41,7 +41,8 @@ def results(folder, model, policy, flops, quality, tasks=TASKS, when=0, full=Fal
         "certificate": None if full else {"certified": 0.04, "harm": "regret", "delta": 0.05, "epsilon": 0.05,
                                           "kind": "risk", "n": 100, "bound": "wsr"},
         "statistics": {"all": part, "tasks": {task: part for task in tasks}},
-        "examples": {tasks[0]: {"prompt": "Why </script><b>?", "tokens": [["Be", 10], ["cause", 30], [" <i>", 20]]}},
+        "examples": {tasks[0]: {"prompt": "Why </script><b>?",
+                                "tokens": [["Be", 10, True], ["cause", 30, False], [" <i>", 20, True]]}},
         "provenance": {"command": "harness.py", "commit": "c0ffee", "date": f"2026-11-22T20:0{when}:00Z",
                        "machine": {"cpu": "AMD", "cores": 2}, "versions": {"torch": "2.13"}},
     }  # fmt: skip
