@@ -219,7 +219,7 @@ class Process:
         self.row, self.threads, self.errors, began = row, threads, tempfile.TemporaryFile("w+"), time.perf_counter()
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.errors, text=True,
-                                        env={**os.environ, **settings, "OMP_WAIT_POLICY": "PASSIVE"})  # fmt: skip
+                                        env={**os.environ, **settings})  # fmt: skip
         self.decode, self.prefill, self.last = [], [], {}
         self.loaded = self._read()
         self.ask(prompt, 1)
