@@ -139,7 +139,7 @@ class Descent:
         _spread(self.kv, self.place[self.row], range(first, last))
         stem, left = self.state[:, 1:], self.gone[:, 1:]
         still = left.any()
-        if still and self.view.packs:
+        if still and first < last and self.view.packs:
             self._fill(stem, first, last)
         for block in range(first, last):
             out = self.view.run(stem, self.calls, block, block + 1)

@@ -79,6 +79,13 @@ def test_what_decoding_said_is_scored_as_decoding_said_it(family, config, kind):
     assert np.allclose(mine.scores[0, :NEW], trace.scores[0], atol=1e-4, equal_nan=True)
 
 
+def test_an_exit_at_full_depth_leaves_nothing_to_fill():
+    model, rows = with_exits(depths=(2, 4), shortlist=40), texts()
+    policy = middle(model, rows)
+    (got,) = score(model, rows, [policy])
+    assert {0, 1, 2} <= set(got.trace.taken.flatten().tolist())
+
+
 def test_full_is_the_backbone_and_policies_do_not_disturb_each_other():
     model, rows = with_exits(), texts()
     policy = middle(model, rows)
