@@ -84,7 +84,8 @@ def fit_exits(model, rows: dict[str, Tensor]) -> None:
         rows: `input_ids`, `attention_mask`, `labels` [rows, tokens].
     """
     view, exits, labels = model.view, model.exits, rows["labels"]
-    fit_fills(model, rows)
+    if model.mode == "frozen":  # a backbone that learns moves; what it will make is fitted to when it is saved
+        fit_fills(model, rows)
     exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
     if exits.screen is None:
         return
