@@ -32,8 +32,8 @@ CALL = 10**6  # weights that are multiplied in the time that calling a graph tak
 class Folder:
     """What `calibrate` asks of a model, answered by an exported folder. Rows are generated side by side in threads.
 
-    Its costs are FLOPs in which calls count, too (`CALL`), for gates, and for heads and fills: thresholds are to save
-    time, and next to 4 bit products a call is not for nothing.
+    Its costs are FLOPs in which calls count, too (`CALL`), of heads and fills: thresholds are to save time, and next to
+    4 bit products a call is not for nothing.
 
     Args:
         path: the folder.
@@ -45,8 +45,7 @@ class Folder:
         manifest = self.runtime.manifest
         self.depths, self.layers = self.runtime.depths, manifest["layers"]
         self.num_exits, self.num_layers = len(self.depths), self.layers
-        exits = [{**exit, "gate": exit["gate"] + CALL, "head": exit["head"] + 2 * CALL}
-                 for exit in manifest["costs"]["exits"]]  # fmt: skip
+        exits = [{**exit, "head": exit["head"] + 2 * CALL} for exit in manifest["costs"]["exits"]]
         self.costs = Costs(manifest["costs"]["shape"], exits)
         self.generation_config = SimpleNamespace(pad_token_id=0)
         self.device, self.view, self.certificate = torch.device("cpu"), self, None
@@ -101,7 +100,8 @@ class Folder:
         return ids, mask
 
     def run(self, ids: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
-        """Returns full-depth states [rows, tokens, hidden] of rows [rows, tokens], each in one teacher-forced pass."""
+        """Returns full-depth states [rows, tokens, hidden], normed, of rows [rows, tokens], each in one teacher-forced
+        pass."""
         prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
         states = list(self.workers.map(lambda prompt: Session(self.runtime, len(prompt)).prefill(prompt), prompts))
         out = torch.zeros(*ids.shape, self.runtime.manifest["shape"]["hidden"])
@@ -110,7 +110,7 @@ class Folder:
         return out
 
     def norm(self, states: Tensor) -> Tensor:
-        """Returns the states: the final norm is part of `logits`."""
+        """Returns the states: `run` has normed them."""
         return states
 
     def logits(self, states: Tensor) -> Tensor:

@@ -95,8 +95,12 @@ def run_blocks(graph: Graph, state: str, blocks, shape: Shape, first: int, atten
     return state, added
 
 
-def segment(path: Path, blocks, shape: Shape, first: int, kinds: int, bits: int, level: int = 4) -> None:
+def segment(
+    path: Path, blocks, shape: Shape, first: int, kinds: int, bits: int, gate: tuple | None = None, last=None
+) -> None:
     """Writes the graph of a segment: state [1, tokens, hidden] in, state out, K/V in place.
+
+    A call takes longer than a gate or a norm: they are part of the segment that they follow.
 
     Args:
         path: of the graph.
@@ -105,13 +109,23 @@ def segment(path: Path, blocks, shape: Shape, first: int, kinds: int, bits: int,
         first: index of the first block.
         kinds: number of rotary tables.
         bits: of the weights.
-        level: accuracy level.
+        gate: (norm, layers) of a learned gate, Gelu between its layers, whose logit [1, tokens, 1] is another output.
+        last: the final norm, whose normed state is another output.
     """
-    graph = Graph(path, bits, level)
+    graph = Graph(path, bits)
     graph.input("state", FLOAT, 1, "tokens", shape.hidden)
     cache_inputs(graph, shape, kinds)
     state, added = run_blocks(graph, "state", blocks, shape, first)
-    graph.output(graph.node("Add", state, added), "out", FLOAT, 1, "tokens", shape.hidden)
+    out = graph.node("Add", state, added, names=("out",))
+    graph.output(out, "out", FLOAT, 1, "tokens", shape.hidden)
+    if last is not None:
+        graph.output(graph.norm(out, last), "normed", FLOAT, 1, "tokens", shape.hidden)
+    if gate is not None:
+        norm, layers = gate
+        x = graph.norm(out, norm)
+        for index, layer in enumerate(layers):
+            x = graph.linear(x if index == 0 else graph.node("Gelu", x, domain=MS), layer, exact=True)
+        graph.output(x, "logit", FLOAT, 1, "tokens", 1)
     graph.save()
 
 
@@ -139,16 +153,6 @@ def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | N
         added = graph.gated(normed, mlp)
     normed = graph.norm(state, norm) if added is None else graph.add_norm(state, added, norm)[0]
     graph.output(normed, "normed", FLOAT, 1, "tokens", shape.hidden)
-    graph.save()
-
-
-def gate(path: Path, norm: Norm, layers: list[Linear], shape: Shape) -> None:
-    """Writes the graph of a learned gate: state [1, 1, hidden] -> logit [1, 1, 1]; Gelu is between its layers."""
-    graph = Graph(path, 32)
-    x = graph.norm(graph.input("state", FLOAT, 1, 1, shape.hidden), norm)
-    for index, layer in enumerate(layers):
-        x = graph.linear(x if index == 0 else graph.node("Gelu", x, domain=MS), layer)
-    graph.output(x, "logit", FLOAT, 1, 1, 1)
     graph.save()
 
 

@@ -58,10 +58,10 @@ class Writer:
                         leave=False)  # fmt: skip
         with self.bar:
             for index, (first, last) in enumerate(zip([0, *self.bounds], self.bounds)):
+                final = recipes.norm(self.view.norm) if last == self.view.num_layers else None
                 graphs.segment(self.path(f"segment_{index}"), self.blocks(first, last), self.shape, first,
-                                    len(self.ropes), self.bits)  # fmt: skip
+                               len(self.ropes), self.bits, self._gate(last), final)  # fmt: skip
                 self.bar.update()
-            graphs.features(self.path("final"), recipes.norm(self.view.norm), self.shape, 32)
             self._vocabulary("vocabulary", recipes.linear(self.view.head))
             embedding = self.view.inner.get_input_embeddings()
             self._table("embedding", recipes.array(embedding.weight))
@@ -128,7 +128,7 @@ class Writer:
                 fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
             graphs.fill(self.path(f"fill_{index}"), blocks, self.shape, turned, self.bits, fitted)
         self.bar.update()
-        return record | self._gate(index)
+        return record | {"gate": self.model.exits.gates[index].kind}
 
     def _features(self, index: int) -> tuple[int | None, list[int]]:
         """Writes a head's graph up to the vocabulary; returns the first slot of its own K/V, if it has any, and the
@@ -174,12 +174,13 @@ class Writer:
             self.array(f"{name}_ids", ids.astype(np.int32))
         return {"vocabulary": name, "entries": "fixed"}
 
-    def _gate(self, index: int) -> dict:
-        """Writes a gate's graph, in float32."""
-        gate = self.model.exits.gates[index]
-        if gate.learned:
-            layers = [gate.read] if gate.kind == "linear" else [gate.read[0], gate.read[2]]
-            layers, shift = [recipes.linear(layer) for layer in layers], np.float32([float(prior_shift(gate.prior))])
-            layers[-1].bias = shift if layers[-1].bias is None else layers[-1].bias + shift
-            graphs.gate(self.path(f"gate_{index}"), recipes.norm(gate.norm), layers, self.shape)
-        return {"gate": gate.kind}
+    def _gate(self, depth: int) -> tuple | None:
+        """Returns (norm, layers) of the learned gate at a depth, None if there is none."""
+        depths = list(self.model.depths)
+        gate = self.model.exits.gates[depths.index(depth)] if depth in depths else None
+        if gate is None or not gate.learned:
+            return None
+        layers, shift = [gate.read] if gate.kind == "linear" else [gate.read[0], gate.read[2]], prior_shift(gate.prior)
+        layers = [recipes.linear(layer) for layer in layers]
+        layers[-1].bias = layers[-1].bias + np.float32([float(shift)])
+        return recipes.norm(gate.norm), layers

@@ -78,18 +78,47 @@ class Graphs(dict):
         return self[name]
 
 
+class Embedding:
+    """Rows of the vocabulary, read from their file as they are asked for.
+
+    Mapped, most of 28 MB would count as memory after a short prompt: systems map large pieces around what is touched.
+
+    Args:
+        folder: that they lie in.
+        factor: that they are multiplied by.
+    """
+
+    def __init__(self, folder: Path, factor: float):
+        scale, path = folder / "embedding_scale.npy", folder / "embedding.npy"
+        self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.scales = np.load(scale, allow_pickle=False) if scale.exists() else np.ones(len(self.rows), np.float32)
+        self.scales = self.scales * np.float32(factor)
+        self.file = open(path, "rb", buffering=0) if hasattr(os, "preadv") else None
+
+    def __call__(self, ids: Sequence[int], out: np.ndarray) -> None:
+        """Writes embeddings of `ids` to `out` [tokens, hidden]."""
+        row = np.empty(self.rows.shape[1], self.rows.dtype)
+        for token, state in zip(ids, out, strict=True):
+            if self.file is None:
+                row = self.rows[token]
+            else:
+                os.preadv(self.file.fileno(), [row], self.rows.offset + int(token) * row.nbytes)
+            np.multiply(row, self.scales[token], out=state)
+
+
 class Runtime:
     """The weights of an exported folder, and generation from them. Made by `Runtime.load`.
 
     Attributes:
         manifest: what the folder says of itself.
         graphs: onnxruntime sessions by name; see `Graphs`.
-        arrays: vocabulary rows and shortlists by name.
+        arrays: rows of a screen's survivors, and shortlists, by name.
+        embed: token ids to embeddings.
         texts: tokenizer.
     """
 
-    def __init__(self, manifest: dict, graphs: Graphs, arrays: dict, texts: Texts):
-        self.manifest, self.graphs, self.arrays, self.texts = manifest, graphs, arrays, texts
+    def __init__(self, manifest: dict, graphs: Graphs, arrays: dict, embed: Embedding, texts: Texts):
+        self.manifest, self.graphs, self.arrays, self.embed, self.texts = manifest, graphs, arrays, embed, texts
         self.depths = tuple(exit["depth"] for exit in manifest["exits"])
         self._tables: tuple | None = None
         self._growing = threading.Lock()
@@ -105,19 +134,20 @@ class Runtime:
                 ask for, and other onnxruntime sessions made later must, too (`use_per_session_threads = False`).
 
         Raises:
-            ValueError: a file that is missing or was changed, a newer format.
+            ValueError: a file that is missing or was changed, another format.
         """
         folder, threads = Path(folder).resolve(), threads or _cores()
         manifest = unseal(folder)
         texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
         graphs = Graphs(folder, manifest["files"], _options(threads))
-        for name in ("final", "vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
+        for name in ("vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
             graphs.make(name)
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
+        embedding = Embedding(folder, manifest["embedding_factor"])
         give_back()
         _forget(folder)
-        return cls(manifest, graphs, arrays, texts)
+        return cls(manifest, graphs, arrays, embedding, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
         """Returns a policy by name.
@@ -241,8 +271,7 @@ class Runtime:
 
     def logits(self, states: np.ndarray) -> np.ndarray:
         """Returns full-depth logits [tokens, vocabulary] of states [tokens, hidden] that `Session.prefill` gave."""
-        normed = self.graphs["final"].run(["normed"], {"state": states[None]})[0]
-        return self.graphs["vocabulary"].run(["logits"], {"normed": normed})[0][0]
+        return self.graphs["vocabulary"].run(["logits"], {"normed": states[None]})[0][0]
 
     def tables(self, room: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns rotary cos and sin [kinds, positions, turned / 2] for at least `room` positions."""

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
 _FIRST = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 
@@ -30,7 +30,7 @@ def unseal(folder: Path) -> dict:
     """Returns the manifest of a folder all of whose files are as they were written.
 
     Raises:
-        ValueError: no manifest, one that was changed or is of a newer format, files that are missing or were changed.
+        ValueError: no manifest, one that was changed or is of another format, files that are missing or were changed.
     """
     path = folder / MANIFEST
     try:
@@ -45,10 +45,10 @@ def unseal(folder: Path) -> dict:
     if not first or hashlib.sha256(body).hexdigest().encode() != first[1]:
         raise ValueError(f"'{path}' was changed or cut since it was written; export the model again")
     record = json.loads(b"{" + body)
-    if record["format"] > FORMAT:
+    if record["format"] != FORMAT:
         raise ValueError(
-            f"'{path}' has format {record['format']}, this runtime reads up to {FORMAT}; use the runtime.py that lies "
-            "in the folder, or a newer one"
+            f"'{path}' has format {record['format']}, this runtime reads {FORMAT}; use the runtime.py that lies in "
+            "the folder"
         )
     check(folder, record["files"])
     return record

@@ -109,23 +109,26 @@ class Session:
         self.frontier = dict.fromkeys(self.kept, 0)
 
     def prefill(self, ids) -> np.ndarray:
-        """Runs tokens at full depth; returns their final states [tokens, hidden], before the final norm."""
+        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm."""
         if self.length + len(ids) > self.room:
             raise ValueError(f"{len(ids)} more tokens do not fit: the session has room for {self.room}")
         out = []
         for start in range(0, len(ids), CHUNK):
             piece = ids[start : start + CHUNK]
             self._place(self.length + len(piece))
-            state = self._embed(piece)
+            state, found = np.empty((1, len(piece), self.states[0].shape[-1]), np.float32), {}
+            self.runtime.embed(piece, state[0])
+            self.states[0][:] = state[:, -1:]
             for index in range(len(self.manifest["segments"])):
-                state = self._run_many(f"segment_{index}", state)
-                self.states[index + 1][:] = state[:, -1:]
+                found = self._run_many(f"segment_{index}", state)
+                for name, newest in self.bound[f"segment_{index}"][3].items():
+                    newest[:] = found[name][:, -1:]
+                state = found["out"]
                 for exit in self.kept:
                     if self.exits[exit]["segment"] == index:
                         self.kept[exit][self.length : self.length + len(piece)] = state[0]
             self.length += len(piece)
-            self.states[0][:] = self._embed(piece[-1:])
-            out.append(state[0])
+            out.append(found["normed"][0])
         give_back()
         return np.concatenate(out)
 
@@ -142,7 +145,7 @@ class Session:
             if self.length >= self.room:
                 raise ValueError(f"the session is full: it has room for {self.room} tokens")
             self._place(self.length + 1)
-            self.states[0][:] = self._embed([token])
+            self.runtime.embed([token], self.states[0][0])
             self.length += 1
         count = len(self.exits)
         step = Step(None, None, count, [math.nan] * count, [False] * count, [0] * count, self.length, [])
@@ -169,7 +172,7 @@ class Session:
                 return step
         if not ran:
             self._advance(done, len(self.manifest["segments"]))
-        normed = self._run("final", state=self.states[-1])["normed"]
+        normed = self.bound[f"segment_{len(self.manifest['segments']) - 1}"][3]["normed"]
         step.logits = self._run("vocabulary", normed=normed)["logits"].reshape(-1)
         return step
 
@@ -219,14 +222,6 @@ class Session:
         """Tells attention where the tokens that are run next end."""
         self.total[0], self.last[0] = end, end - 1
 
-    def _embed(self, ids) -> np.ndarray:
-        """Returns embeddings [1, tokens, hidden]."""
-        rows = self.runtime.arrays["embedding"][ids].astype(np.float32)
-        if "embedding_scale" in self.runtime.arrays:
-            rows *= self.runtime.arrays["embedding_scale"][ids][:, None]
-        factor = self.manifest["embedding_factor"]
-        return (rows if factor == 1 else rows * np.float32(factor))[None]
-
     def _skip(self, index: int, state: np.ndarray) -> None:
         """Fills what lies beyond the exit from the state that the token left with: K/V and deeper heads' states."""
         depth, layers, now = self.depths[index], self.manifest["layers"], self.length - 1
@@ -244,13 +239,14 @@ class Session:
         first, self.frontier[index] = self.frontier[index], self.length
         self._place(self.length)
         state = np.ascontiguousarray(self.kept[index][None, first : self.length])
-        return np.ascontiguousarray(self._run_many(self.exits[index]["features"], state)[:, -1:]), self.length - first
+        normed = self._run_many(self.exits[index]["features"], state)["normed"]
+        return np.ascontiguousarray(normed[:, -1:]), self.length - first
 
     def _score(self, index: int, state: np.ndarray, before: np.ndarray, found: tuple | None) -> float:
         """Returns what a gate says, in [0, 1]."""
         kind = self.exits[index]["gate"]
         if kind in ("linear", "mlp"):
-            logit = float(self._run(f"gate_{index}", state=state[None, None])["logit"][0, 0, 0])
+            logit = float(self.bound[f"segment_{self.exits[index]['segment']}"][3]["logit"][0, 0, 0])
             return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
         if kind == "similarity":
             cosine = float(state @ before) / max(float(np.sqrt((state @ state) * (before @ before))), 1e-8)
@@ -293,16 +289,18 @@ class Session:
             self.bound[name][2][key][:] = value
         return self._go(name)
 
-    def _run_many(self, name: str, state: np.ndarray) -> np.ndarray:
-        """Runs a graph of blocks for several tokens [1, tokens, hidden]."""
-        graph, out = self.runtime.graphs[name], np.empty_like(state)
+    def _run_many(self, name: str, state: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs a graph of blocks for several tokens [1, tokens, hidden]; returns what is not K/V."""
+        graph, found = self.runtime.graphs[name], {}
         binding = graph.io_binding()
         for item in graph.get_inputs():
             binding.bind_ortvalue_input(item.name, self.shared.get(item.name) or _value(state))
         for item in graph.get_outputs():
-            binding.bind_ortvalue_output(item.name, self.shared.get(item.name) or _value(out))
+            if item.name not in self.shared:
+                found[item.name] = np.empty((*state.shape[:2], item.shape[-1]), np.float32)
+            binding.bind_ortvalue_output(item.name, self.shared.get(item.name) or _value(found[item.name]))
         graph.run_with_iobinding(binding)
-        return out
+        return found
 
 
 def give_back() -> None:

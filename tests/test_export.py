@@ -340,10 +340,11 @@ def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
         Runtime.load(tmp_path)
     newer = tmp_path / "newer"
     shutil.copytree(folder, newer)
+    record = {key: value for key, value in sealed.unseal(folder).items() if key not in ("format", "files")}
     monkeypatch.setattr(sealed, "FORMAT", sealed.FORMAT + 1)
-    sealed.seal(newer, {key: value for key, value in sealed.unseal(folder).items() if key not in ("format", "files")})
+    sealed.seal(newer, record)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2, this runtime reads up to 1"):
+    with pytest.raises(ValueError, match="format 3, this runtime reads 2"):
         Runtime.load(newer)
     full = tmp_path / "full"
     full.mkdir()
