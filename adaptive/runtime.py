@@ -244,6 +244,11 @@ class Runtime:
         return self._tokens(ids, max_new_tokens, policy, temperature, top_p, np.random.default_rng(seed))
 
     def _tokens(self, ids, max_new_tokens, policy, temperature, top_p, generator) -> Iterator[Token]:
+        for index, exit in enumerate(self.manifest["exits"]):
+            if policy.asks(index):  # now, rather than in the middle of the answer
+                fill = [f"fill_{index}"] if exit["depth"] < self.manifest["layers"] else []
+                for name in (exit["features"], exit["vocabulary"], *fill):
+                    self.graphs[name]
         session, text = Session(self, len(ids) + max_new_tokens), self.texts.stream()
         session.prefill(ids)
         token = None
