@@ -32,7 +32,7 @@ class ReportConfig(Checked):
     run: str
     prompts: str
     speed_prompts: int = 4
-    speed_tokens: int = 48
+    speed_tokens: int = 32
 
     def problems(self) -> list[str]:
         """One line for each fault."""
