@@ -96,7 +96,14 @@ def run_blocks(graph: Graph, state: str, blocks, shape: Shape, first: int, atten
 
 
 def segment(
-    path: Path, blocks, shape: Shape, first: int, kinds: int, bits: int, gate: tuple | None = None, last=None
+    path: Path,
+    blocks,
+    shape: Shape,
+    first: int,
+    kinds: int,
+    bits: int,
+    gate: tuple | None = None,
+    last: Norm | None = None,
 ) -> None:
     """Writes the graph of a segment: state [1, tokens, hidden] in, state out, K/V in place.
 

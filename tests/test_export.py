@@ -325,7 +325,8 @@ def test_exits_are_loaded_when_they_are_asked_for(folder, tmp_path):
     runtime = Runtime.load(copied, threads=1)
     before = len(runtime.graphs)
     assert list(runtime.generate(prompt(), 4, policy="full")) and len(runtime.graphs) == before
-    assert list(runtime.generate(prompt(), 4, policy=[math.inf, 0])) and "fill_1" in runtime.graphs
+    # Nobody reaches a score of 2: they are there before anybody leaves.
+    assert next(runtime.generate(prompt(), 4, policy=[math.inf, 2])) and "fill_1" in runtime.graphs
     assert "fill_0" not in runtime.graphs
     raw = (copied / "fill_0.bin").read_bytes()
     (copied / "fill_0.bin").write_bytes(raw[::-1])
