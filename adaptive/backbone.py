@@ -26,13 +26,13 @@ _SWAP = threading.Lock()
 class _Recorder(nn.Module):
     """Stands in for a block while the model prepares its inputs: keeps the call, hands the state on."""
 
-    calls: list  # set while the list of blocks is swapped
-    as_tuple: bool
+    as_tuple = False
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, calls: list):
         super().__init__()
         # Past nn.Module's own bookkeeping: the block must not become a child of its stand-in.
         object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_calls", calls)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,8 +40,8 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self._block, name)
 
-    def forward(self, hidden: Tensor, *args, **kwargs):
-        self.calls.append((hidden, args, kwargs))
+    def __call__(self, hidden: Tensor, *args, **kwargs):  # not `forward`: it happens for every block at every token
+        self._calls.append((hidden, args, kwargs))
         return (hidden, None) if self.as_tuple else hidden
 
 
@@ -65,7 +65,8 @@ class Backbone:
         self.parent, self.name = find_blocks(self.inner, self.num_layers, blocks)
         # Kept here, since the list in the model is swapped for stand-ins while another thread prepares its inputs.
         self.blocks: nn.ModuleList = self.parent._modules[self.name]
-        self.stand_ins = nn.ModuleList(_Recorder(block) for block in self.blocks)
+        self.calls: list = []  # of the stand-ins, while they are in place
+        self.stand_ins = nn.ModuleList(_Recorder(block, self.calls) for block in self.blocks)
         self.decoder = find_decoder(self.inner, self.blocks)
         self.head = self.inner.get_output_embeddings()
         if self.head is None:
@@ -108,15 +109,14 @@ class Backbone:
             position_ids: [batch, tokens], or None to let the model count.
             cache: where K/V live; its `column` says how many tokens came before.
         """
-        calls: list = []
         kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
         if cache is not None:
             kwargs["past_key_values"] = cache
         if position_ids is not None and self._takes_positions:
             kwargs["position_ids"] = position_ids
-        with self._recording(calls):
+        with self._recording():
             self.decoder(**kwargs)
-        return calls[0][0], [call[1:] for call in calls]
+            return self.calls[0][0], [call[1:] for call in self.calls]
 
     @turned
     def run(self, hidden: Tensor, calls: list, first: int, last: int, drop: Tensor | None = None) -> Tensor:
@@ -245,16 +245,15 @@ class Backbone:
         }
 
     @contextmanager
-    def _recording(self, calls: list):
+    def _recording(self):
         # The list of blocks is swapped, not the blocks' forward: hooks of FSDP or accelerate stay on the real blocks.
         with _SWAP:
-            for stand_in in self.stand_ins:
-                stand_in.calls, stand_in.as_tuple = calls, self._as_tuple
             self.parent._modules[self.name] = self.stand_ins
             try:
                 yield
             finally:
                 self.parent._modules[self.name] = self.blocks
+                self.calls.clear()
 
     @torch.no_grad()
     def _probe(self) -> tuple[nn.Module, list[int], tuple[int, int, int]]:
@@ -307,7 +306,9 @@ class Backbone:
 
     def _first_start(self, ids: Tensor, cache: KV) -> tuple[Tensor, list]:
         # Blocks of a few older families (Bloom, Falcon) return tuples; which kind this is shows at the first try.
-        for self._as_tuple in (False, True):
+        for as_tuple in (False, True):
+            for stand_in in self.stand_ins:
+                stand_in.as_tuple = as_tuple
             try:
                 return self.start(ids, None, None, cache)
             except (IndexError, TypeError, AttributeError, ValueError) as error:
