@@ -164,7 +164,9 @@ def economized(model: EarlyExitModel, settings: dict, config: PeersConfig) -> Si
     peer = economize.apply(copy.deepcopy(model.view.inner), CalmConfig(confidence="classifier", threshold=0.9))
     # Every step asks for the vocabulary at every depth, which takes long on a CPU: an interrupted contest goes on here.
     kept = Path(config.output).with_suffix(".peer")
-    settings = {"steps": config.steps or settings.get("steps", 100), "batch_size": batch, "seed": config.seed}
+    steps = config.steps or settings.get("steps", 100)
+    # Its own warm-up of 100 steps would never end in a run as short as the demo's.
+    settings = {"steps": steps, "batch_size": batch, "seed": config.seed, "warmup_steps": min(100, steps // 10)}
     done = fit(peer, data, objective="calm", output_dir=kept, resume=True, save_every=6, **settings)
     training = done.history[-1]["time"]
     peer.eval()
