@@ -50,8 +50,12 @@ def told(tmp_path_factory):
     output = folder / "results" / "speed.json"
     words = ["--model", str(folder / "model"), "--batch_sizes", "1,2", "--shares", "50", "--output", str(output)]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words, *SMALL], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        [sys.executable, str(SCRIPT), *words, *SMALL],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads(done.stdout.strip().splitlines()[-1])
     assert document == json.loads(output.read_text())
@@ -175,8 +179,16 @@ def test_a_trained_run_is_timed_under_its_own_policy(speed, tmp_path):
     model.certify(Certificate(**certificate))
     model.save_pretrained(tmp_path / "run")
     config = speed.SpeedConfig(
-        model=str(tmp_path / "run"), batch_sizes=[1], shares=[], dtype="bfloat16", new_tokens=NEW, prompt_tokens=6,
-        rounds=1, only=["certified", "verified"], output=str(tmp_path / "speed.json"))
+        model=str(tmp_path / "run"),
+        batch_sizes=[1],
+        shares=[],
+        dtype="bfloat16",
+        new_tokens=NEW,
+        prompt_tokens=6,
+        rounds=1,
+        only=["certified", "verified"],
+        output=str(tmp_path / "speed.json"),
+    )
     document = speed.main(config)
     found = engines(document, 1)
     assert "hf_static" not in found and "hf_dynamic" in found
@@ -191,8 +203,11 @@ def test_a_trained_run_is_timed_under_its_own_policy(speed, tmp_path):
 def test_prompts_come_from_where_they_are_told(speed, tmp_path, monkeypatch):
     model, text = EarlyExitModel.from_backbone(tiny(), ExitConfig(depths=[1], head="norm")), tmp_path / "some.txt"
     text.write_text("abcdefghijklmnopq", encoding="utf-8")
-    monkeypatch.setattr(speed, "load_tokenizer", lambda model: lambda text, **_: SimpleNamespace(
-        input_ids=[ord(letter) - ord("a") for letter in text]))
+    monkeypatch.setattr(
+        speed,
+        "load_tokenizer",
+        lambda model: lambda text, **_: SimpleNamespace(input_ids=[ord(letter) - ord("a") for letter in text]),
+    )
     settings = dict(batch_sizes=[1, 2], prompt_tokens=4)
     found = speed.chosen(speed.SpeedConfig(prompts=str(text), **settings), model)
     assert found.tolist() == [[0, 1, 2, 3], [9, 10, 11, 12]]

@@ -1,0 +1,170 @@
+"""A finished folder on its own: its command line, its callers' mistakes, its threads, and whatever may happen to it."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import VOCAB
+from test_export import made, prompt, tokenizer
+
+from adaptive import sealed, session
+from adaptive.export import export
+from adaptive.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An exported folder that is not to be changed."""
+    return export(made(), tmp_path_factory.mktemp("export") / "out", "fp32", tokenizer())
+
+
+def test_nothing_but_numpy_onnxruntime_and_tokenizers_is_needed(folder):
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'adaptive', 'onnx'): sys.modules[name] = None\n"
+        "sys.path.insert(0, sys.argv.pop(1))\nimport run\nsys.exit(run.main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-I", "-c", code, str(folder), "w3 w4 w5", "--max-new-tokens", "7", "--json"]
+    done = subprocess.run([*words, "--threads", "1"], capture_output=True, text=True, cwd=folder.parent, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ids"] == [token.id for token in Runtime.load(folder, 1).generate([3, 4, 5], 7)]
+    assert found["depths"] == [4] * 7 and found["relative_flops"] == 1.0 and found["tokens_per_second"] > 0
+
+
+def test_the_command_line(folder):
+    def run(*words, text=None):
+        environment = {**os.environ, "PYTHONPATH": ""}
+        return subprocess.run([sys.executable, str(folder / "run.py"), "--threads", "1", *words], capture_output=True,
+                              input=text, timeout=60, cwd=folder, env=environment)  # fmt: skip
+
+    done = run("w3 w4", "--stats", "--max-new-tokens", "5")
+    assert done.returncode == 0 and b"mean depth 4.0 of 4" in done.stderr
+    assert run("-", "--max-new-tokens", "5", text=b"w3 w4").stdout == done.stdout
+    for words, said in (
+        (["w1", "--policy", "some"], b"not one of full, certified, budget"),
+        (["w1", "--policy", "budget=0.5"], b"exported without a survey"),
+        (["w1", "--max-new-tokens", "500"], b"do not fit the context of 128"),
+        (["--chat", "hello"], b"no chat template"),
+        ([b"\xff\xfe"], b"not UTF-8"),
+        (["  "], b"the prompt is empty"),
+    ):
+        done = run(*words)
+        assert done.returncode == 1 and said in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    assert run("-", text=b"\xff").returncode == 1
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def test_mistakes_of_callers(folder):
+    runtime = Runtime.load(folder, threads=1)
+    for words, said in (
+        (dict(prompt=[]), "empty"),
+        (dict(prompt=[VOCAB]), "outside the vocabulary"),
+        (dict(prompt=[1], max_new_tokens=0), "at least 1"),
+        (dict(prompt=[1], temperature=-1), "0 or more"),
+        (dict(prompt=[1], policy=[0.5]), "1 thresholds, the model 2 exits"),
+        (dict(prompt="\udcff"), "not UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            runtime.generate(**words)
+
+
+def test_the_highest_are_found_through_a_sample():
+    generator = np.random.default_rng(0)
+    for size, count in ((49152, 1024), (3000, 1024), (200, 24), (200, 199), (64, 3)):
+        for scores in (generator.standard_normal(size), np.sort(generator.standard_normal(size)), np.zeros(size)):
+            found = session.highest(scores.astype(np.float32), count)
+            assert len(set(found.tolist())) == count
+            assert np.array_equal(np.sort(scores[found]), np.sort(scores)[-count:])
+
+
+def test_sampling(folder):
+    runtime = Runtime.load(folder, threads=1)
+
+    def sampled(**settings):
+        return [token.id for token in runtime.generate([5, 6], 30, **settings)]
+
+    assert sampled(temperature=1.0, seed=1) == sampled(temperature=1.0, seed=1) != sampled(temperature=1.0, seed=2)
+    assert sampled(temperature=1.0, top_p=1e-6, seed=1) == sampled()
+    step = next(iter(runtime.generate([5, 6], 1))).step
+    generator = np.random.default_rng(0)
+    drawn = np.bincount([step.pick(1.0, 1.0, generator) for _ in range(20000)], minlength=VOCAB) / 20000
+    expected = np.exp(step.logits - step.logits.max())
+    assert np.abs(drawn - expected / expected.sum()).max() < 0.02
+
+
+def test_many_threads_give_what_one_gives(folder):
+    runtime, policy = Runtime.load(folder, threads=1), [0.5, 0.5]
+
+    def answer(seed: int) -> list[tuple[int, int]]:
+        return [(token.id, token.depth) for token in runtime.generate(prompt(seed, 5 + seed % 7), 12, policy=policy)]
+
+    requests = range(int(os.environ.get("CONCURRENT_REQUESTS", 60)))
+    serial = [answer(seed) for seed in requests]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(answer, requests)) == serial
+    assert len({depth for tokens in serial for _, depth in tokens}) > 1
+
+
+def test_no_mutation_of_the_folder_goes_unnoticed(folder, tmp_path):
+    copied, generator = tmp_path / "out", np.random.default_rng(0)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    refused = 0
+    for number in range(200):
+        shutil.copytree(folder, copied)
+        path = copied / names[number % len(names)]
+        raw = bytearray(path.read_bytes())
+        kind = number // len(names) % 4
+        if kind == 0:
+            raw[generator.integers(len(raw))] ^= 1 << generator.integers(8)
+            path.write_bytes(raw)
+        elif kind == 1:
+            path.write_bytes(raw[: generator.integers(len(raw))])
+        elif kind == 2:
+            path.rename(copied / "elsewhere")
+        else:
+            path.write_bytes(raw.replace(b"0", b"1") if b"0" in raw else raw + b" ")
+        with pytest.raises(ValueError) as error:
+            Runtime.load(copied, threads=1)
+        refused += path.name in str(error.value) and len(str(error.value)) < 400
+        shutil.rmtree(copied)
+    assert refused == 200
+
+
+def test_exits_are_loaded_when_they_are_asked_for(folder, tmp_path):
+    copied = tmp_path / "out"
+    shutil.copytree(folder, copied)
+    runtime = Runtime.load(copied, threads=1)
+    before = len(runtime.graphs)
+    assert list(runtime.generate(prompt(), 4, policy="full")) and len(runtime.graphs) == before
+    # Nobody reaches a score of 2: they are there before anybody leaves.
+    assert next(runtime.generate(prompt(), 4, policy=[math.inf, 2])) and "fill_1" in runtime.graphs
+    assert "fill_0" not in runtime.graphs
+    raw = (copied / "fill_0.bin").read_bytes()
+    (copied / "fill_0.bin").write_bytes(raw[::-1])
+    with pytest.raises(ValueError, match="fill_0.bin was changed"):
+        list(runtime.generate(prompt(), 4, policy=[0, 0]))
+
+
+def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no readable manifest.json"):
+        Runtime.load(tmp_path)
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    record = {key: value for key, value in sealed.unseal(folder).items() if key not in ("format", "files")}
+    monkeypatch.setattr(sealed, "FORMAT", sealed.FORMAT + 1)
+    sealed.seal(newer, record)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format 3, this runtime reads 2"):
+        Runtime.load(newer)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something that was not exported"):
+        export(made(), full, "fp32", tokenizer())
