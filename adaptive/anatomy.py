@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,3 +114,30 @@ def plain_copy(block: nn.Module) -> nn.Module:
             "quantized; choose head norm or linear for this backbone"
         )
     return block
+
+
+def require_batch_first(name: str, calls: list) -> None:
+    """Refuses blocks called with a tensor that rows cannot be picked from.
+
+    Args:
+        name: of the model's class.
+        calls: the blocks' arguments, recorded at batch 1.
+
+    Raises:
+        ValueError: one of these tensors does not begin with the batch.
+    """
+    odd: list[tuple] = []
+
+    def note(value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != 1:
+            odd.append(tuple(value.shape))
+        elif isinstance(value, (tuple, list, dict)):
+            for item in value.values() if isinstance(value, dict) else value:
+                note(item)
+
+    note(calls)
+    if odd:
+        raise ValueError(
+            f"{name}: its blocks are called with a tensor {odd[0]} that does not begin with the batch, so rows cannot "
+            "leave on their own; this architecture is not supported"
+        )

@@ -1,4 +1,4 @@
-"""The one file, beside `kv.py`, that knows the insides of transformers.
+"""The one file, beside `kv.py` and `straight.py`, that knows the insides of transformers.
 
 A decoder-only causal LM is seen as: embedding and masks (`start`), blocks that can be run one by one (`run`) or skipped
 (`fill`), a final norm (`norm`) and a vocabulary projection (`logits`). Nothing here is written for one architecture:
@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptive.anatomy import find_blocks, find_decoder, find_norm, linear_size, linear_weights
+from adaptive.anatomy import (
+    find_blocks,
+    find_decoder,
+    find_norm,
+    linear_size,
+    linear_weights,
+    require_batch_first,
+)
 from adaptive.kv import KV, Filled, PackedFill, packs
+from adaptive.straight import UNFIT, straight, straightens
 from adaptive.turned import turned
 
 _SWAP = threading.Lock()
@@ -75,7 +84,7 @@ class Backbone:
                 "with AutoModelForCausalLM"
             )
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
-        self.packs, self.packed = False, None
+        self.packs, self.packed, self.straightens = False, None, False
         self.norm, self.fill_weights, self.kv_shapes = self._probe()
 
     @property
@@ -132,6 +141,14 @@ class Backbone:
             out = out[0] if isinstance(out, tuple) else out
             hidden = out if drop is None else torch.where(drop[index][:, None, None], hidden, out)
         return hidden
+
+    def runner(self) -> Callable:
+        """Returns `run` for decoding, without layer dropout: the faster way where that gives the same bits, as long as
+        nobody changes the blocks."""
+        try:
+            return straight(self.blocks) if self.straightens else self.run
+        except UNFIT:
+            return self.run
 
     def fill(self, hidden: Tensor, calls: list, first: int, last: int, cache: KV, fitted=None) -> None:
         """Writes the K/V of skipped blocks first..last-1 by projecting the exit state with each block's own norm and
@@ -269,9 +286,10 @@ class Backbone:
             expected = self.model(input_ids=ids, use_cache=False).logits
             cache = KV(self.num_layers, 8, 1)
             hidden, calls = self._first_start(ids, cache)
-            self._require_batch_first(calls)
+            require_batch_first(type(self.inner).__name__, calls)
             weights = self._probe_fill(hidden, calls, cache)
             final = self.run(hidden, calls, 0, self.num_layers)
+            self.straightens = straightens(self.blocks, hidden, calls, final)
             got = self.logits(norm(final))
             if not torch.allclose(
                 got.float(), expected.float(), rtol=1e-2, atol=2e-2 * float(expected.float().abs().max())
@@ -285,24 +303,6 @@ class Backbone:
             return norm, weights, (cache.keys[0].shape[1], cache.keys[0].shape[3], cache.values[0].shape[3])
         finally:
             self.inner.train(was_training)
-
-    def _require_batch_first(self, calls: list) -> None:
-        """Refuses blocks called with a tensor that rows cannot be picked from (the probe's batch is 1)."""
-        odd: list[tuple] = []
-
-        def note(value: Any) -> None:
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != 1:
-                odd.append(tuple(value.shape))
-            elif isinstance(value, (tuple, list, dict)):
-                for item in value.values() if isinstance(value, dict) else value:
-                    note(item)
-
-        note(calls)
-        if odd:
-            raise ValueError(
-                f"{type(self.inner).__name__}: its blocks are called with a tensor {odd[0]} that does not begin with "
-                "the batch, so rows cannot leave on their own; this architecture is not supported"
-            )
 
     def _first_start(self, ids: Tensor, cache: KV) -> tuple[Tensor, list]:
         # Blocks of a few older families (Bloom, Falcon) return tuples; which kind this is shows at the first try.

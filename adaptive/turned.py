@@ -23,11 +23,14 @@ class _Turned(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # Other types of weights (quantized ones) know no other product.
         if func is nn.functional.linear and not kwargs and type(args[1]) in PLAIN and few(args[0]):
-            states, weight, *bias = args
-            out = torch.mm(weight, states.reshape(-1, states.shape[-1]).t()).t()
-            out = out + bias[0] if bias and bias[0] is not None else out.contiguous()
-            return out.reshape(*states.shape[:-1], -1)
+            return flipped(*args)
         return func(*args, **(kwargs or {}))
+
+
+def flipped(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns what `nn.functional.linear` does, as W X^T."""
+    out = torch.mm(weight, states.reshape(-1, states.shape[-1]).t()).t().contiguous()
+    return (out if bias is None else out + bias).reshape(*states.shape[:-1], -1)
 
 
 def few(states: Tensor) -> bool:

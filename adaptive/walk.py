@@ -64,6 +64,7 @@ class Walk:
         self.stops = (*depths, backbone.num_layers)
         self.members = Members(tokens, share=kv == "propagate" and not probe)
         backbone.refresh()
+        self.run = backbone.runner()
         self.policies = Policies(policy, len(tokens.ids))
         self.asks = np.array([probe | self.policies.asks(index) for index in range(len(depths))])  # [exits, batch]
         self.asked = self.asks.any(axis=1).tolist()
@@ -194,7 +195,7 @@ class Walk:
             else:
                 calls = cells.start(self.backbone, self.tokens, self.members.lead, self.kv)
                 state = cells.take(lane.states)
-            done.append((cells, self.backbone.run(state, calls, first, last)))
+            done.append((cells, self.run(state, calls, first, last)))
         return done
 
     def _descend(self, hidden: Tensor, due: np.ndarray, prefilled: list | None = None) -> Tensor:

@@ -18,8 +18,8 @@ GRAPHS = ["recipes", "onnx_graph", "graphs"]
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
     ["checked", "config", "policy", "costs", "calibration", "ranking", "drafting", "board", *RUNTIME],
-    ["pretrained", "data", "prompts", "turned", "anatomy", "kv", "backbone", "losses", "screen", "fills"]
-    + ["exits", "objective", *GRAPHS],
+    ["pretrained", "data", "prompts", "turned", "anatomy", "kv", "straight", "backbone", "losses", "screen"]
+    + ["fills", "exits", "objective", *GRAPHS],
     ["lanes", "members", "record", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "states", "measure", "outcomes", "certify"]

@@ -1,0 +1,107 @@
+"""Blocks of the Llama family without their modules: the same products in the same order, bit for bit.
+
+A step of decoding is two thousand small operations, and calling the thirteen modules of every block takes longer than
+many of their products. A model's own blocks stay what is true: blocks that do not give the same bits this way, that
+are hooked, adapted or quantized, are run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from adaptive.turned import PLAIN, few, flipped
+
+UNFIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+
+
+def straight(blocks: nn.ModuleList) -> Callable:
+    """Returns what runs the blocks as they are now: a function as `Backbone.run` without layer dropout.
+
+    Raises:
+        AttributeError, LookupError, TypeError: they are not made of the parts that are known here, or somebody hooked,
+            adapted, quantized or compiled one.
+    """
+    parts = [_Block(block) for block in blocks]
+
+    def run(hidden: Tensor, calls: list, first: int, last: int) -> Tensor:
+        linear = flipped if few(hidden) else nn.functional.linear
+        for part, (args, kwargs) in zip(parts[first:last], calls[first:last], strict=True):
+            hidden = part(hidden, linear, *args, **kwargs)
+        return hidden
+
+    return run
+
+
+def straightens(blocks: nn.ModuleList, hidden: Tensor, calls: list, wanted: Tensor) -> bool:
+    """Returns whether the blocks, run straight from the state `hidden`, give exactly the state that is wanted."""
+    try:
+        return torch.equal(straight(blocks)(hidden, calls, 0, len(blocks)), wanted)
+    except UNFIT:
+        return False
+
+
+class _Block:
+    def __init__(self, block: nn.Module):
+        if not all(map(_bare, block.modules())):
+            raise TypeError("a block that is trained, hooked or changed")
+        attention, mlp = block.self_attn, block.mlp
+        self.attention, self.head_dim = attention, attention.head_dim
+        self.settings = {"dropout": 0.0, "scaling": attention.scaling}
+        if hasattr(attention, "sliding_window"):
+            self.settings["sliding_window"] = attention.sliding_window
+        self.attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        self.norms = _gain(block.input_layernorm), _gain(block.post_attention_layernorm)
+        self.query, self.key, self.value, self.out = map(
+            _weights, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        self.head_norms = [_gain(norm) for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
+        self.gate, self.up, self.down = map(_weights, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.act, self.layer = mlp.act_fn, attention.layer_idx
+
+    def __call__(
+        self, hidden: Tensor, linear: Callable, attention_mask, position_embeddings, past_key_values, **kwargs
+    ) -> Tensor:
+        where, angles = hidden.shape[:-1], [part.unsqueeze(1) for part in position_embeddings]
+        state = _normed(hidden, *self.norms[0])
+        query, key, value = (
+            linear(state, *part).view(*where, -1, self.head_dim) for part in (self.query, self.key, self.value)
+        )
+        if self.head_norms:
+            query, key = _normed(query, *self.head_norms[0]), _normed(key, *self.head_norms[1])
+        turned = _turn(torch.cat([query, key], dim=2).transpose(1, 2), *angles)
+        query, key = turned.split([query.shape[2], key.shape[2]], dim=1)
+        key, value = past_key_values.update(key, value.transpose(1, 2), self.layer)
+        mixed, _ = self.attend(self.attention, query, key, value, attention_mask, **self.settings, **kwargs)
+        hidden = hidden + linear(mixed.reshape(*where, -1), *self.out)
+        state = _normed(hidden, *self.norms[1])
+        return hidden + linear(self.act(linear(state, *self.gate)) * linear(state, *self.up), *self.down)
+
+
+def _bare(module: nn.Module) -> bool:
+    """Returns whether calling a module does nothing but what its class says, without dropout."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, module.training)
+    return not any(hooks) and "forward" not in vars(module)
+
+
+def _weights(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if type(layer) is not nn.Linear or type(layer.weight) not in PLAIN:
+        raise TypeError(f"a linear layer of a type of its own, {type(layer).__name__}")
+    return layer.weight, layer.bias
+
+
+def _gain(norm: nn.Module) -> tuple[Tensor, float]:
+    return norm.weight, norm.variance_epsilon
+
+
+def _normed(state: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = state.float()
+    return gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(state.dtype)
+
+
+def _turn(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = state.shape[-1] // 2
+    return state * cos + torch.cat([-state[..., half:], state[..., :half]], dim=-1) * sin
