@@ -28,10 +28,14 @@ def straight(blocks: nn.ModuleList) -> Callable:
     parts = [_Block(block) for block in blocks]
 
     def run(hidden: Tensor, calls: list, first: int, last: int) -> Tensor:
-        linear = flipped if few(hidden) else nn.functional.linear
-        for part, (args, kwargs) in zip(parts[first:last], calls[first:last], strict=True):
-            hidden = part(hidden, linear, *args, **kwargs)
-        return hidden
+        linear, known, angles = flipped if few(hidden) else nn.functional.linear, None, ()
+        where, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+        for part, (_, kwargs) in zip(parts[first:last], calls[first:last], strict=True):
+            if kwargs["position_embeddings"] is not known:  # most blocks are called with the very same
+                known = kwargs["position_embeddings"]
+                angles = _angles(*known)
+            flat = part(flat, where, linear, angles, **kwargs)
+        return flat.view(hidden.shape)
 
     return run
 
@@ -63,10 +67,17 @@ class _Block:
         self.act, self.layer = mlp.act_fn, attention.layer_idx
 
     def __call__(
-        self, hidden: Tensor, linear: Callable, attention_mask, position_embeddings, past_key_values, **kwargs
+        self,
+        flat: Tensor,
+        where: tuple[int, int],
+        linear: Callable,
+        angles: tuple,
+        attention_mask,
+        position_embeddings,  # are in `angles`
+        past_key_values,
+        **kwargs,
     ) -> Tensor:
-        where, angles = hidden.shape[:-1], [part.unsqueeze(1) for part in position_embeddings]
-        state = _normed(hidden, *self.norms[0])
+        state = _normed(flat, *self.norms[0])
         query, key, value = (
             linear(state, *part).view(*where, -1, self.head_dim) for part in (self.query, self.key, self.value)
         )
@@ -76,9 +87,9 @@ class _Block:
         query, key = turned.split([query.shape[2], key.shape[2]], dim=1)
         key, value = past_key_values.update(key, value.transpose(1, 2), self.layer)
         mixed, _ = self.attend(self.attention, query, key, value, attention_mask, **self.settings, **kwargs)
-        hidden = hidden + linear(mixed.reshape(*where, -1), *self.out)
-        state = _normed(hidden, *self.norms[1])
-        return hidden + linear(self.act(linear(state, *self.gate)) * linear(state, *self.up), *self.down)
+        flat = flat + linear(mixed.reshape(len(flat), -1), *self.out)
+        state = _normed(flat, *self.norms[1])
+        return flat + linear(self.act(linear(state, *self.gate)) * linear(state, *self.up), *self.down)
 
 
 def _bare(module: nn.Module) -> bool:
@@ -98,10 +109,14 @@ def _gain(norm: nn.Module) -> tuple[Tensor, float]:
 
 
 def _normed(state: Tensor, gain: Tensor, eps: float) -> Tensor:
-    wide = state.float()
-    return gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(state.dtype)
+    return gain * nn.functional.rms_norm(state.float(), state.shape[-1:], None, eps).to(state.dtype)
+
+
+def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what a head's state, and the same with its halves swapped, are multiplied by in the rotary step."""
+    half = sin.shape[-1] // 2
+    return cos.unsqueeze(1), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(1)
 
 
 def _turn(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = state.shape[-1] // 2
-    return state * cos + torch.cat([-state[..., half:], state[..., :half]], dim=-1) * sin
+    return state * cos + state.roll(state.shape[-1] // 2, -1) * sin
