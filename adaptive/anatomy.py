@@ -129,6 +129,7 @@ def require_batch_first(name: str, calls: list) -> None:
     odd: list[tuple] = []
 
     def note(value: Any) -> None:
+        """Notes the shapes of tensors in a call, however deep, that do not begin with 1."""
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != 1:
             odd.append(tuple(value.shape))
         elif isinstance(value, (tuple, list, dict)):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.turned import PLAIN, few, flipped
@@ -25,9 +26,12 @@ def straight(blocks: nn.ModuleList) -> Callable:
         AttributeError, LookupError, TypeError: they are not made of the parts that are known here, or somebody hooked,
             adapted, quantized or compiled one.
     """
+    if _has_any_global_hook():
+        raise TypeError("hooks on all modules")
     parts = [_Block(block) for block in blocks]
 
     def run(hidden: Tensor, calls: list, first: int, last: int) -> Tensor:
+        """As `Backbone.run`."""
         linear, known, angles = flipped if few(hidden) else nn.functional.linear, None, ()
         where, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
         for part, (_, kwargs) in zip(parts[first:last], calls[first:last], strict=True):
@@ -58,12 +62,11 @@ class _Block:
         if hasattr(attention, "sliding_window"):
             self.settings["sliding_window"] = attention.sliding_window
         self.attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        self.norms = _gain(block.input_layernorm), _gain(block.post_attention_layernorm)
-        self.query, self.key, self.value, self.out = map(
-            _weights, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
-        self.head_norms = [_gain(norm) for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
-        self.gate, self.up, self.down = map(_weights, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.norms = _gain(block, "input_layernorm"), _gain(block, "post_attention_layernorm")
+        self.query, self.key, self.value = (_weights(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+        self.out = _weights(attention, "o_proj")
+        self.head_norms = [_gain(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        self.gate, self.up, self.down = (_weights(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
         self.act, self.layer = mlp.act_fn, attention.layer_idx
 
     def __call__(
@@ -94,18 +97,22 @@ class _Block:
 
 def _bare(module: nn.Module) -> bool:
     """Returns whether calling a module does nothing but what its class says, without dropout."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, module.training)
-    return not any(hooks) and "forward" not in vars(module)
+    changes = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, module.training)
+    return not any(changes) and "forward" not in vars(module)
 
 
-def _weights(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+# Parts are looked up where a module keeps its own: wrappers (peft's, say) hand on the attributes of what they wrap, and
+# do not always call it.
+def _weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    layer = module._modules[name]
     if type(layer) is not nn.Linear or type(layer.weight) not in PLAIN:
         raise TypeError(f"a linear layer of a type of its own, {type(layer).__name__}")
     return layer.weight, layer.bias
 
 
-def _gain(norm: nn.Module) -> tuple[Tensor, float]:
-    return norm.weight, norm.variance_epsilon
+def _gain(module: nn.Module, name: str) -> tuple[Tensor, float]:
+    norm = module._modules[name]
+    return norm._parameters["weight"], norm.variance_epsilon
 
 
 def _normed(state: Tensor, gain: Tensor, eps: float) -> Tensor:

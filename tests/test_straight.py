@@ -73,6 +73,22 @@ def test_whoever_hooks_a_module_sees_every_token():
     assert torch.equal(model.generate(**prompts(1), **settings), hooked) and len(seen) == 5
 
 
+def test_hooks_on_all_modules_are_called():
+    view = Backbone(tiny())
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert runs_modules(view)
+    finally:
+        handle.remove()
+    assert not runs_modules(view)
+
+
+@pytest.mark.parametrize("wrapped", ["input_layernorm", "self_attn", "mlp", "down_proj"])
+def test_what_peft_wraps_runs_as_modules(wrapped):
+    config = peft.LoraConfig(target_modules=["embed_tokens"], modules_to_save=[wrapped], r=2)
+    assert runs_modules(Backbone(peft.get_peft_model(tiny(), config)))
+
+
 def test_adapters_quantized_layers_and_training_run_as_modules():
     adapted = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"], r=2))
     assert runs_modules(Backbone(adapted))
