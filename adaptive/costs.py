@@ -35,8 +35,8 @@ class Price:
         full_bytes: moved by the same tokens at full depth.
         breakdown: FLOPs of all tokens by purpose: "blocks" (linear layers), "attention" (over the context), "fill" (K/V
             of skipped blocks), "gates", "heads" (of exits and of the full depth, vocabulary and block heads included),
-            "catch_up" (earlier tokens run through block heads), "waiting" (earlier tokens run through blocks that they
-            had left out), "rejected" (all that was done for drafts that followed a wrong one).
+            "catch_up" (earlier tokens run through block heads), "waiting" (tokens run through blocks that they had been
+            let out before), "rejected" (all that was done for drafts that followed a wrong one).
         saved: shares of all `full_flops`: "depth" (blocks not run, less fill and what waiting tokens run later),
             "shortlist" (vocabulary rows not read), "overhead" (gates, what heads do before the vocabulary, heads that
             only gates read, block heads catching up, drafts judged and thrown away; never above 0). They add up to
@@ -169,25 +169,29 @@ class Costs:
         parts, moved = self._chain(context, trace.depth, decoded, trace.kv == "propagate")
         on_exits, exits_moved = self._exits(trace, valid, context)
         behind = np.zeros((*context.shape, len(self.exits)), np.int64) if trace.behind is None else trace.behind
-        waiting, waiting_moved = self._waiting(context, behind)
+        waiting, waiting_moved = self._waiting(context, trace.depth, behind)
         last, vocab = trace.taken == len(self.exits), self.shape["vocab"]
         judged = behind[..., -1] if trace.kv == "verify" and self.exits else 0  # drafts that the LM head reads, too
         on_exits["heads"] = on_exits["heads"] + 2 * vocab * last * (1 + judged)
         return parts | on_exits | {"waiting": waiting}, moved + exits_moved + waiting_moved + vocab * last
 
-    def _waiting(self, context: np.ndarray, behind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns FLOPs and numbers moved of earlier tokens that ran along, `behind` [rows, tokens, exits] from each
-        exit to the next. They share the newest token's read of weights, and of K/V but for their windows' reach."""
+    def _waiting(self, context: np.ndarray, depth: np.ndarray, behind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns FLOPs and numbers moved of tokens run through blocks that they had been let out before, `behind`
+        [rows, tokens, exits] from each exit to the next. They share the newest token's read of weights, and of K/V but
+        for their windows' reach; where the newest is one of them, as it left at a lesser `depth`, reads are theirs."""
         flops, moved = np.zeros_like(context), np.zeros_like(context)
         stops = [*(exit["depth"] for exit in self.exits), self.shape["layers"]]
         for index, (first, last) in enumerate(zip(stops, stops[1:], strict=False)):
             count = behind[..., index].astype(np.int64)
+            newest = (count > 0) & (depth <= first)
+            end = np.maximum(context - ~newest, 0)
             for block in self.shape["blocks"][first:last]:
-                before, window = np.maximum(context - 1, 0), block["window"]
-                attended = _seen_by_all(before, window) - _seen_by_all(np.maximum(before - count, 0), window)
+                window = block["window"]
+                attended = _seen_by_all(end, window) - _seen_by_all(np.maximum(end - count, 0), window)
                 flops += 2 * block["weights"] * count + 2 * block["attention"] * attended
-                reach = _seen(context, None if window is None else window + count) - _seen(context, window)
-                moved += block["kv"] * (count + reach)
+                reach = _seen(context, None if window is None else window + count - newest)
+                reach = reach - _seen(context, window) * ~newest
+                moved += block["kv"] * (count + reach) + block["weights"] * newest
         return flops, moved
 
     def _chain(

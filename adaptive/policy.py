@@ -146,8 +146,9 @@ class Trace:
         prompt: [rows] int, prompt tokens (prefilled at full depth).
         regret: [rows, tokens, exits] float, nats the full model would lose by taking each exit's token; None
             unless probed.
-        behind: [rows, tokens, exits] int, earlier tokens of the row that had waited at that exit, and ran with this one
-            through the blocks from there to the next exit; None (for 0) where nothing waits.
+        behind: [rows, tokens, exits] int, tokens of the row that had been let out, at that exit or before, and now ran
+            through the blocks from there to the next one: earlier ones, which had waited, and, where it left before
+            these blocks, this one. None (for 0) where nothing waits.
         kv: what became of the blocks beyond an exit: "propagate", "recompute" or "verify".
         accepted: [rows, tokens] bool, False where the full model put another token in place of a draft; None unless
             `kv` is "verify". Drafts are the tokens that were let out at an exit.

@@ -2,11 +2,12 @@
 
 What lies beyond the exit is dealt with in one of three ways, and all else is the same:
 - `propagate`: skipped blocks get K/V from the state that the token left with (CALM, Schuster et al. 2022, section 3.2);
-- `recompute`: the token waits there, and goes on in one batch with the next token of its row that does;
-- `verify`: the same, and the full depth's logits of all that waited are kept, to judge what was said early.
-Rows that have left, or ended, are taken out of the batch for the deeper segments: a row never depends on its
-neighbours, nor pays for them. Under `propagate`, rows whose tokens and K/V are the same so far are one row of the K/V:
-a prompt under several policies, or sampled several times, is run once, and copied where its rows part.
+- `recompute`: the token goes on all the same, in one batch with what goes deeper next: another row's token of the same
+  step or, for which it waits, the next one of its own row;
+- `verify`: it waits for the next one of its row, and the full depth's logits of all that waited judge what was said.
+What a row says never depends on its neighbours. Rows that ended, and under the others than `recompute` those that left,
+are taken out of the batch for the deeper segments. Under `propagate`, rows whose tokens and K/V are the same so far are
+one row of the K/V: a prompt under several policies, or sampled several times, is copied where its rows part.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ class Walk:
     Attributes:
         members: which rows of the batch the K/V hold.
         record: the trace so far.
-        checked: what reached the full depth in the last step, if `kv` is "verify": the passes' tokens, and the logits
-            [tokens, vocabulary] of each.
+        checked: passes at full depth in the last step, if `kv` is "verify": tokens, and logits [tokens, vocabulary].
     """
 
     def __init__(
@@ -167,9 +167,8 @@ class Walk:
 
     def _calls(self, rows: np.ndarray) -> list:
         """Returns the block calls for the newest tokens of these rows and points the K/V at them."""
-        self.kv.column, self.kv.cells = self.newest, None
+        self.kv.column, self.kv.rows, self.kv.cells = self.newest, None, None
         if len(rows) == len(self.members):
-            self.kv.rows = None
             return self.calls
         key = rows.tobytes()
         if key not in self.narrowed:
@@ -181,12 +180,13 @@ class Walk:
     def _run(self, behind: int, target: int, rows: np.ndarray, state: Tensor) -> list[tuple[Cells, Tensor]]:
         """Runs the blocks from exit `behind` (-1: the embedding) to exit `target` on the newest tokens of these rows,
         whose state is given, and on those that wait with them; returns the tokens and states of each pass."""
-        first, last = self.stops[behind] if behind >= 0 else 0, self.stops[target]
-        lane = self.lanes[behind] if behind >= 0 else None
+        first, lane = (self.stops[behind], self.lanes[behind]) if behind >= 0 else (0, None)
         if lane is None:
             passes = [self._newest(rows)]
         else:
-            self.now["behind"][self.members.lead[rows], behind:target] = (self.newest - lane.frontier[rows])[:, None]
+            who = self.members.lead[rows]  # nobody shares K/V where tokens wait
+            ran = self.newest - lane.frontier[rows, None] + (self.now["taken"][who, None] >= 0)
+            self.now["behind"][who, behind:target] = ran
             passes = lane.waiting(rows, self.newest)
         done = []
         for cells in passes:
@@ -195,7 +195,7 @@ class Walk:
             else:
                 calls = cells.start(self.backbone, self.tokens, self.members.lead, self.kv)
                 state = cells.take(lane.states)
-            done.append((cells, self.run(state, calls, first, last)))
+            done.append((cells, self.run(state, calls, first, self.stops[target])))
         return done
 
     def _descend(self, hidden: Tensor, due: np.ndarray, prefilled: list | None = None) -> Tensor:
@@ -206,8 +206,7 @@ class Walk:
             due: [members] bool, who is not asked.
             prefilled: states [members, 1, hidden] at every exit and at full depth, if the blocks have been run already.
         """
-        said: dict[int, tuple[np.ndarray, Tensor]] = {}
-        rows, state, behind = np.arange(len(self.members)), hidden, -1
+        rows, state, behind, said = np.arange(len(self.members)), hidden, -1, {}
         for index in range(len(self.depths)):
             if not self.asked[index]:
                 continue
@@ -224,6 +223,8 @@ class Walk:
                 stays[self._riders(rows)[1]] = True
                 if prefilled is None and self.strategy == "propagate" and self.depths[index] < self.backbone.num_layers:
                     self._fill(index, rows, state, who, places, stays)
+                # Whoever has left runs along where somebody goes on: alone, later, he would cost more than now.
+                stays |= self.strategy == "recompute" and stays.any()
                 rows, state = rows[stays], at(state, np.flatnonzero(stays))
             if not len(rows):
                 return self._spoken()
@@ -241,9 +242,10 @@ class Walk:
         passes that got there; 0 of rows that have ended. Whoever is read by the whole LM head is read in one product:
         its weights, which many blocks weigh up to, are fetched once."""
         for cells, states in done:
-            if self.strategy != "verify":  # only a judgement is about the tokens that have waited
-                cells, states = self._newest(cells.rows), cells.newest(states)
             who, places = self._riders(cells.rows)
+            if self.strategy != "verify":  # only a judgement is about the tokens that have waited
+                read, places = np.unique(places, return_inverse=True)
+                cells, states = self._newest(cells.rows[read]), at(cells.newest(states), read)
             self.now["taken"][who] = len(self.depths)
             self.unread.append((cells, self.backbone.norm(cells.flat(states)), who, places))
         parts = self.parts  # rows of the batch, and their logits
@@ -276,8 +278,8 @@ class Walk:
         if not len(who):
             return who, places
         rows, state, before = rows[needed], at(state, needed), at(before, needed)
-        gate, early = self.exits.gates[index], self.probe or self.exits.gates[index].reads_logits
-        logits, ids, read = None, None, partial(self.exits.logits, self.backbone, index)
+        gate, logits, ids, read = self.exits.gates[index], None, None, partial(self.exits.logits, self.backbone, index)
+        early = self.probe or gate.reads_logits
         if early:
             logits, ids = read(self._head(index, rows, state, who))
         scores = gate.score(state[:, 0], logits, before[:, 0]).float().cpu().numpy()[places]
@@ -323,8 +325,7 @@ class Walk:
 
     def _keep(self, index: int, done: list[tuple[Cells, Tensor]]) -> None:
         """Keeps states at an exit for those who may wait there, and for a block head with K/V of its own."""
-        head = self.heads[index]
-        for lane in (self.lanes[index], None if head is None else head.lane):
+        for lane in (self.lanes[index], self.heads[index] and self.heads[index].lane):
             if lane is not None:
                 for cells, states in done:
                     lane.keep(cells, states)

@@ -1,6 +1,7 @@
 """Prices against hand-made numbers, and against what torch counts while tiny models of several families really run."""
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptive import EarlyExitModel, ExitConfig
 from adaptive.costs import Costs
 from adaptive.kv import KV
-from adaptive.policy import Trace
+from adaptive.policy import ExitPolicy, Trace
 
 torch.set_num_threads(1)
 
@@ -307,3 +308,34 @@ def test_a_whole_generation_in_which_tokens_wait(family, heads, kv, monkeypatch)
         waited += trace.behind.sum()
         thrown += 0 if trace.rejected is None else trace.rejected.valid.sum()
     assert waited and (kv == "recompute" or thrown), "some tokens should wait here, and some drafts be thrown away"
+
+
+@dataclass(frozen=True)
+class Mixed(ExitPolicy):
+    """At two tokens of three all rows leave, at the third only the first row does."""
+
+    def leaves(self, exit, scores, progress):
+        together = progress.tokens % 3 > 0
+        return np.where(together, exit == progress.tokens % 2, (np.arange(len(scores)) == 0) & (exit == 0))
+
+
+@pytest.mark.parametrize(("family", "heads"), [("llama", "linear"), ("gemma3", "screen"), ("gpt2", "linear")])
+def test_a_batch_in_which_those_who_left_run_along(family, heads):
+    model, rows = eager(family, **HEADS[heads]), 3
+    prompt, traces = torch.arange(3, 3 + PROMPT).expand(rows, -1), []
+    settings = dict(max_new_tokens=NEW, do_sample=True, return_dict_in_generate=True, kv="recompute", seed=0)
+    settings["policy"] = Mixed((0.5, 0.5, 0.5))
+    counted = count(lambda: traces.append(model.generate(prompt, **settings).trace))
+    trace, costs = traces[0], windowless(model.costs)
+    blocks, stops = costs.shape["blocks"], [0, *trace.exits, trace.layers]
+    analytic = rows * (costs.prefill_flops(PROMPT) + masked(PROMPT, blocks)) + int(costs.price(trace).flops.sum())
+    for index, exit in enumerate(stops[1:-1]):
+        width = trace.behind[..., index] + (trace.depth > exit)
+        analytic += sum(masked(int(each), blocks[exit : stops[index + 2]]) for each in width.flatten())
+    assert analytic == counted
+    along = (trace.behind > 0) & (trace.depth[..., None] <= np.asarray(trace.exits))
+    assert along.any() and (trace.behind.max(axis=(0, 1)) > 1).any(), "some should run along, and some wait"
+    alone = model.generate(prompt[:1], **settings).trace
+    assert (alone.taken == trace.taken[:1]).all() and not (alone.behind == trace.behind[:1]).all()
+    ours, theirs = costs.price(trace).relative_bytes, costs.price(alone).relative_bytes
+    assert theirs < ours <= 1.1, "who runs along in a batch reads the blocks' weights"
