@@ -240,9 +240,10 @@ class EarlyExitModel(nn.Module):
             policy: who leaves where; thresholds, one per exit, will do. The certificate's if None, else full depth. Or
                 a list with an `ExitPolicy` for each row: rows with the same prompt are run as one until they part.
             kv: what becomes of the blocks beyond an exit. "propagate": their K/V come from the state that the token
-                left with. "recompute": the token waits, and goes on in one batch with the next that does; K/V are then
-                those of a full pass. "verify": the same, and the full model judges what was said early: greedy answers
-                are those of full depth, sampled ones follow its distribution. A certificate is of "propagate".
+                left with. "recompute": it goes on in one batch with the next token that does, another row's or, after
+                waiting, its own row's; K/V are then those of a full pass. "verify": it waits, and the full model judges
+                what was said early: greedy answers are those of full depth, sampled ones follow its distribution. A
+                certificate is of "propagate".
             probe: generate at full depth and record what every exit would have said (`Trace.regret`).
             seed: row r samples with a generator of its own seeded with seed + r, or seed[r] if these are several. None
                 draws one from torch's generator.
