@@ -27,6 +27,7 @@ def loading(folder: Path) -> Iterator[None]:
     give_back()
     widen(_filled() - before)
     forget(folder)
+    give_back()
 
 
 def give_back() -> None:

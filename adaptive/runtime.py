@@ -248,7 +248,7 @@ class Runtime:
                 for name in {exit["features"], exit["vocabulary"], exit["fill"]} - {None}:
                     self.graphs[name]
         session, text = Session(self, len(ids) + max_new_tokens), self.texts.stream()
-        session.prefill(ids)
+        session.prefill(ids, keep=False)
         token = None
         for _ in range(max_new_tokens):
             step = session.step(policy, token)

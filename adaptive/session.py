@@ -116,8 +116,8 @@ class Session:
                      for index, exit in enumerate(self.exits) if exit["slot"] is not None}  # fmt: skip
         self.frontier = dict.fromkeys(self.kept, 0)
 
-    def prefill(self, ids) -> np.ndarray:
-        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm."""
+    def prefill(self, ids, keep: bool = True) -> np.ndarray | None:
+        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm, to `keep`."""
         if self.length + len(ids) > self.room:
             raise ValueError(f"{len(ids)} more tokens do not fit: the session has room for {self.room}")
         out = []
@@ -136,11 +136,13 @@ class Session:
                     if self.exits[exit]["segment"] == index:
                         self.kept[exit][self.length : self.length + len(piece)] = state[0]
             self.length += len(piece)
-            out.append(found["normed"][0])
-        give_back()
-        if len(out) > 1:  # the code that multiplies many tokens; looking for it takes some milliseconds
+            if keep:
+                out.append(found["normed"][0])
+            del state, found
+        if len(ids) > CHUNK:  # the code that multiplies many tokens; looking for it takes some milliseconds, and 4 MB
             forget(self.runtime.graphs.folder)
-        return np.concatenate(out)
+        give_back()
+        return np.concatenate(out) if keep else None
 
     def step(self, policy, token: int | None = None, probe: bool = False) -> Step:
         """Returns what becomes of the newest token.
