@@ -53,7 +53,7 @@ from adaptive.sealed import MANIFEST, seal, unseal
 from adaptive.storage import model_digest
 
 logger = logging.getLogger(__name__)
-SOURCES = ("policy", "costs", "sealed", "texts", "session", "runtime", "run")  # what the folder runs on
+SOURCES = ("policy", "costs", "sealed", "texts", "memory", "session", "runtime", "run")  # what the folder runs on
 BYTES = {"fp32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}  # of a weight, its share of scales included
 # Least correlation of the exported logits with torch's. It tells a graph that is wired wrongly, not a coarse one.
 ALIKE = {"fp32": 0.9999, "int8": 0.98, "int4": 0.2}

@@ -83,7 +83,7 @@ class Folder:
 
     def _answer(self, prompt: list[int], max_new_tokens: int, policy, probe: bool) -> tuple[list[int], Trace]:
         session, eos = Session(self.runtime, len(prompt) + max_new_tokens), self.runtime.manifest["eos"]
-        session.prefill(prompt)
+        session.prefill(prompt, keep=False)
         ids, tokens, regrets = [], [], []
         while len(ids) < max_new_tokens and not (ids and ids[-1] in eos):
             step = session.step(policy, ids[-1] if ids else None, probe)

@@ -136,7 +136,16 @@ def segment(
     graph.save()
 
 
-def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | None = None, mlps=()) -> None:
+def head(
+    path: Path,
+    norm: Norm,
+    shape: Shape,
+    bits: int,
+    down_up: tuple | None = None,
+    mlps=(),
+    rows: tuple | None = None,
+    filled: tuple | None = None,
+) -> None:
     """Writes the graph of a head without attention: state [1, tokens, hidden] -> normed state for the vocabulary.
 
     Args:
@@ -146,9 +155,14 @@ def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | N
         bits: of the weights.
         down_up: low-rank residual adapter, if it has one.
         mlps: residual MLPs.
+        rows: (`Linear`, softcap) of vocabulary rows of its own; then it gives their logits in place of the normed
+            state, as calls take time.
+        filled: what `fill_outputs` takes, for K/V of skipped blocks in the same call; then for one token.
     """
     graph = Graph(path, bits)
-    state = graph.input("state", FLOAT, 1, "tokens", shape.hidden)
+    state = graph.input("state", FLOAT, 1, 1 if filled else "tokens", shape.hidden)
+    if filled is not None:
+        fill_outputs(graph, shape, *filled)
     if down_up is not None:
         state = graph.node("Add", state, graph.linear(graph.linear(state, down_up[0]), down_up[1]))
     added = None
@@ -159,7 +173,11 @@ def features(path: Path, norm: Norm, shape: Shape, bits: int, down_up: tuple | N
             normed, state = graph.add_norm(state, added, mlp.norm)
         added = graph.gated(normed, mlp)
     normed = graph.norm(state, norm) if added is None else graph.add_norm(state, added, norm)[0]
-    graph.output(normed, "normed", FLOAT, 1, "tokens", shape.hidden)
+    if rows is None:
+        graph.output(normed, "normed", FLOAT, 1, "tokens", shape.hidden)
+    else:
+        logits = _cap(graph, graph.linear(normed, rows[0]), rows[1])
+        graph.output(logits, "logits", FLOAT, 1, "tokens", len(rows[0].weight))
     graph.save()
 
 
@@ -203,23 +221,34 @@ def _cap(graph: Graph, logits: str, softcap: float | None) -> str:
     return graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, cap)), cap)
 
 
-def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, fitted: Linear | None = None) -> None:
-    """Writes the graph that projects one token's state to the K/V of skipped blocks (CALM, Schuster et al. 2022,
-    section 3.2), all in one product.
-
-    Every block's norm divides by the same rms; what it multiplies by goes into the weights. In: state [1, 1, hidden],
-    rotary cos and sin [blocks, turned / 2]. Out: keys and values [blocks, kv heads, head dim]. `fitted`: the map to all
-    keys and then all values, in place of the blocks' own (`fills.Fill`).
-    """
+def fill(path: Path, shape: Shape, bits: int, *filled) -> None:
+    """Writes the graph that fills K/V of skipped blocks: state [1, 1, hidden] in; `filled`: see `fill_outputs`."""
     graph = Graph(path, bits)
     graph.input("state", FLOAT, 1, 1, shape.hidden)
-    graph.input("cos", FLOAT, "blocks", turned // 2)
-    graph.input("sin", FLOAT, "blocks", turned // 2)
+    fill_outputs(graph, shape, *filled)
+    graph.save()
+
+
+def fill_outputs(graph: Graph, shape: Shape, blocks, turned: int, fitted: Linear | None) -> None:
+    """Adds what projects one token's input `state` to the K/V of skipped blocks (CALM, Schuster et al. 2022, section
+    3.2), all in one product: output `filled` [1, keys and then values of all blocks, kv heads * head dim].
+
+    Every block's norm divides by the same rms; what it multiplies by goes into the weights. Each little node costs as
+    much as 50,000 weights, so that nothing is looked up or cut apart here: inputs are all rotary tables, cos and sin,
+    and the `rows` of them [1, 2 * blocks] to turn keys and values by.
+
+    Args:
+        graph: with its input `state`.
+        shape: of all blocks.
+        blocks: recipes of those that are skipped.
+        turned: numbers of a head that are turned.
+        fitted: the map to all keys and then all values, in place of the blocks' own (`fills.Fill`).
+    """
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     pieces: list[list[np.ndarray]] = [[], []]
-    biases, norms, eps, count = [[], []], [], 0.0, 0
+    biases, norms, eps, ropes = [[], []], [], 0.0, []
     for block in blocks:
-        count, eps = count + 1, block.norm.eps
+        ropes, eps = [*ropes, block.rope], block.norm.eps
         for part, (start, end) in enumerate(((wide, wide + narrow), (wide + narrow, wide + 2 * narrow))):
             pieces[part].append(block.qkv.weight[start:end] * block.norm.weight)
             if block.qkv.bias is not None:
@@ -230,15 +259,17 @@ def fill(path: Path, blocks, shape: Shape, turned: int, bits: int, fitted: Linea
     ones = Norm(np.ones(shape.hidden, np.float32), eps)
     own = Linear(np.concatenate(pieces[0] + pieces[1]), bias)
     packed = graph.linear(graph.norm("state", ones), fitted or own)
-    keys, values = graph.split(packed, count * narrow, count * narrow)
-    dims = (count, shape.kv_heads, shape.head_dim)
     if norms:
-        keys = graph.norm(graph.reshape(keys, *dims), Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
+        keys, values = graph.split(packed, len(ropes) * narrow, len(ropes) * narrow)
+        keys = graph.reshape(keys, len(ropes), shape.kv_heads, shape.head_dim)
+        keys = graph.norm(keys, Norm(np.ones(shape.head_dim, np.float32), norms[0].eps))
         keys = graph.node("Mul", keys, graph.weight(np.stack([norm.weight for norm in norms])[:, None]))
-    # The operator takes blocks for positions: each has its own row of the tables.
-    keys, rows = graph.reshape(keys, 1, count, narrow), graph.weight(np.arange(count, dtype=np.int64)[None])
-    keys = graph.node("RotaryEmbedding", keys, rows, "cos", "sin", domain=MS, num_heads=shape.kv_heads,
-                      rotary_embedding_dim=turned if turned < shape.head_dim else 0)  # fmt: skip
-    graph.output(graph.reshape(keys, *dims), "keys", FLOAT, *dims)
-    graph.output(graph.reshape(values, *dims), "values", FLOAT, *dims)
-    graph.save()
+        packed = graph.node("Concat", graph.reshape(keys, 1, 1, len(ropes) * narrow), values, axis=-1)
+    # The operator takes blocks for positions: each key has a row of the tables, and values one that turns nothing.
+    graph.input("rows", INT64, 1, 2 * len(ropes))
+    for name in ("cos", "sin"):
+        graph.input(name, FLOAT, "all", "turned")
+    graph.node("RotaryEmbedding", graph.reshape(packed, 1, 2 * len(ropes), narrow), "rows", "cos", "sin", domain=MS,
+               names=("filled",), num_heads=shape.kv_heads,
+               rotary_embedding_dim=turned if turned < shape.head_dim else 0)  # fmt: skip
+    graph.output("filled", "filled", FLOAT, 1, 2 * len(ropes), narrow)

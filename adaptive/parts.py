@@ -112,33 +112,48 @@ class Writer:
         self.bar.update()
 
     def _exit(self, index: int) -> dict:
-        """Writes what one exit needs; returns its entry in the manifest."""
-        depth = self.model.depths[index]
-        record = {"depth": depth, "segment": self.bounds.index(depth), "features": f"exit_{index}"}
-        record["slot"], record["borrowed"] = self._features(index)
-        self.bar.update()
-        record |= self._entries(index)
-        self.bar.update()
-        if depth < self.view.num_layers:
-            turned = 2 * len(self.ropes[0]["inverse"])
-            blocks, fill = self.blocks(depth, self.view.num_layers), self.model.exits.fills[index]
-            fitted = None
-            if fill is not None:
-                weight, bias = (recipes.array(part.transpose(0, 1)) for part in (fill.weight, fill.bias))
-                fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
-            graphs.fill(self.path(f"fill_{index}"), blocks, self.shape, turned, self.bits, fitted)
-        self.bar.update()
-        return record | {"gate": self.model.exits.gates[index].kind}
+        """Writes what one exit needs; returns its entry in the manifest.
 
-    def _features(self, index: int) -> tuple[int | None, list[int]]:
-        """Writes a head's graph up to the vocabulary; returns the first slot of its own K/V, if it has any, and the
-        slots of the backbone's K/V that it reads."""
+        A token that leaves is one call, two with the whole vocabulary: a head without attention fills the K/V of the
+        blocks skipped as well, unless its gate wants to see its logits and mostly stays.
+        """
+        depth, head, gate = self.model.depths[index], self.model.exits.heads[index], self.model.exits.gates[index]
+        record = {"depth": depth, "segment": self.bounds.index(depth), "features": f"exit_{index}", "fill": None}
+        found, rows = self._entries(index)
+        filled = self._filled(index) if depth < self.view.num_layers else None
+        self.bar.update()
+        at_once = head.kind != "block" and (gate.learned or gate.kind == "similarity")
+        if filled is not None:
+            record["fill"] = f"exit_{index}" if at_once else f"fill_{index}"
+            if not at_once:
+                graphs.fill(self.path(f"fill_{index}"), self.shape, self.bits, *filled)
+        self.bar.update()
+        record["slot"], record["borrowed"] = self._head(index, rows, filled if at_once else None)
+        if head.kind == "block" and rows is not None:
+            found["vocabulary"] = f"rows_{index}"
+            self._vocabulary(found["vocabulary"], rows)
+        self.bar.update()
+        return record | found | {"gate": gate.kind}
+
+    def _filled(self, index: int) -> tuple:
+        """Returns what `graphs.fill_outputs` needs of an exit."""
+        turned, fill = 2 * len(self.ropes[0]["inverse"]), self.model.exits.fills[index]
+        fitted = None
+        if fill is not None:
+            weight, bias = (recipes.array(part.transpose(0, 1)) for part in (fill.weight, fill.bias))
+            fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
+        return self.blocks(self.model.depths[index], self.view.num_layers), turned, fitted
+
+    def _head(self, index: int, rows: recipes.Linear | None, filled: tuple | None) -> tuple[int | None, list[int]]:
+        """Writes a head's graph; returns the first slot of its own K/V, if it has any, and the slots of the backbone's
+        K/V that it reads."""
         head, path = self.model.exits.heads[index], self.path(f"exit_{index}")
         norm = recipes.norm(head.norm)
         if head.kind != "block":
             pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind == "linear" else None
             mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in head.mlps] if head.kind == "mlp" else []
-            graphs.features(path, norm, self.shape, self.bits, pair, mlps)
+            capped = None if rows is None else (rows, self.view.softcap)
+            graphs.head(path, norm, self.shape, self.bits, pair, mlps, capped, filled)
             return None, []
         blocks = [self.block(block, source) for block, source in zip(head.blocks, head.sources, strict=True)]
         own, count = self.model.exit_config.head_kv == "own", len(blocks)
@@ -149,8 +164,9 @@ class Writer:
         self.slots += count
         return slot, []
 
-    def _entries(self, index: int) -> dict:
-        """Writes the vocabulary rows of a shortlist, or the preview that picks them, once if exits share them.
+    def _entries(self, index: int) -> tuple[dict, recipes.Linear | None]:
+        """Returns what the manifest says of an exit's vocabulary, and the rows of its shortlist if it has one; writes
+        the preview that picks them, once if exits share it.
 
         Where a screen would not pay, its exits get the whole vocabulary: nothing that it might have missed.
         """
@@ -160,19 +176,17 @@ class Writer:
                 down = recipes.Linear(recipes.array(exits.screen.down))
                 up = recipes.Linear(recipes.array(exits.screen.up), recipes.array(exits.screen.bias))
                 graphs.preview(self.path("preview"), down, up, self.shape, self.bits)
-            found = {"vocabulary": "preview", "entries": "picked"}
-            return found | {"count": exits.sizes[index], "rows": self._head_rows()}
+            found = {"vocabulary": "preview", "entries": "picked", "count": exits.sizes[index]}
+            return found | {"rows": self._head_rows()}, None
         ids = exits.shortlist(index)
         if ids is None:
-            return {"vocabulary": "vocabulary", "entries": "all"}
-        ids = ids.cpu().numpy()
+            return {"vocabulary": "vocabulary", "entries": "all"}, None
+        ids, head = ids.cpu().numpy(), recipes.linear(self.view.head)
         name = f"shortlist_{digest(ids.tobytes())[:8]}"
-        if not self.path(name).exists():
-            head = recipes.linear(self.view.head)
-            rows = recipes.Linear(head.weight[ids], None if head.bias is None else head.bias[ids])
-            graphs.vocabulary(self.path(name), rows, self.shape, self.bits, self.view.softcap)
-            self.array(f"{name}_ids", ids.astype(np.int32))
-        return {"vocabulary": name, "entries": "fixed"}
+        if not (self.folder / f"{name}.npy").exists():
+            self.array(name, ids.astype(np.int32))
+        rows = recipes.Linear(head.weight[ids], None if head.bias is None else head.bias[ids])
+        return {"vocabulary": None, "entries": "fixed", "ids": name}, rows
 
     def _gate(self, depth: int) -> tuple | None:
         """Returns (norm, layers) of the learned gate at a depth, None if there is none."""

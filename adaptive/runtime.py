@@ -10,10 +10,7 @@ Nothing in the folder is executed: graphs, arrays and a manifest are read, and e
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from adaptive.memory import loading
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.sealed import check, unseal
-from adaptive.session import Session, Step, give_back
+from adaptive.session import Session, Step
 from adaptive.texts import Chat, Texts
 
 _POOL = threading.Lock()
@@ -74,7 +72,8 @@ class Graphs(dict):
             if name not in self:  # another thread may have been here
                 both = (f"{name}.onnx", f"{name}.bin")
                 check(self.folder, {file: self.files[file] for file in both if file in self.files})
-                self.make(name)
+                with loading(self.folder):
+                    self.make(name)
         return self[name]
 
 
@@ -114,7 +113,7 @@ class Runtime:
         graphs: onnxruntime sessions by name; see `Graphs`.
         arrays: rows of a screen's survivors, and shortlists, by name.
         embed: token ids to embeddings.
-        texts: tokenizer.
+        texts: tokenizer, loaded when text is.
     """
 
     def __init__(self, manifest: dict, graphs: Graphs, arrays: dict, embed: Embedding, texts: Texts):
@@ -138,15 +137,14 @@ class Runtime:
         """
         folder, threads = Path(folder).resolve(), threads or _cores()
         manifest = unseal(folder)
-        texts = Texts(folder / "tokenizer.json", Chat(manifest["chat"]))
+        texts = Texts(folder / "tokenizer.json", manifest["files"]["tokenizer.json"], Chat(manifest["chat"]))
         graphs = Graphs(folder, manifest["files"], _options(threads))
-        for name in ("vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
-            graphs.make(name)
+        with loading(folder):
+            for name in ("vocabulary", *(f"segment_{index}" for index in range(len(manifest["segments"])))):
+                graphs.make(name)
         arrays = {name[:-4]: np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
                   for name in manifest["files"] if name.endswith(".npy")}  # fmt: skip
         embedding = Embedding(folder, manifest["embedding_factor"])
-        give_back()
-        _forget(folder)
         return cls(manifest, graphs, arrays, embedding, texts)
 
     def policy(self, policy: str | ExitPolicy | Sequence[float] = "certified") -> ExitPolicy:
@@ -241,16 +239,16 @@ class Runtime:
             problems.append(f"temperature={temperature} must be 0 or more, top_p={top_p} above 0 and at most 1")
         if problems:
             raise ValueError("generate: " + "; ".join(problems))
-        return self._tokens(ids, max_new_tokens, policy, temperature, top_p, np.random.default_rng(seed))
+        return self._tokens(ids, max_new_tokens, policy, temperature, top_p, seed)
 
-    def _tokens(self, ids, max_new_tokens, policy, temperature, top_p, generator) -> Iterator[Token]:
+    def _tokens(self, ids, max_new_tokens, policy, temperature, top_p, seed) -> Iterator[Token]:
+        generator = np.random.default_rng(seed) if temperature else None  # numpy loads it when it is asked for
         for index, exit in enumerate(self.manifest["exits"]):
             if policy.asks(index):  # now, rather than in the middle of the answer
-                fill = [f"fill_{index}"] if exit["depth"] < self.manifest["layers"] else []
-                for name in (exit["features"], exit["vocabulary"], *fill):
+                for name in {exit["features"], exit["vocabulary"], exit["fill"]} - {None}:
                     self.graphs[name]
         session, text = Session(self, len(ids) + max_new_tokens), self.texts.stream()
-        session.prefill(ids)
+        session.prefill(ids, keep=False)
         token = None
         for _ in range(max_new_tokens):
             step = session.step(policy, token)
@@ -279,38 +277,24 @@ class Runtime:
         return self.graphs["vocabulary"].run(["logits"], {"normed": states[None]})[0][0]
 
     def tables(self, room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns rotary cos and sin [kinds, positions, turned / 2] for at least `room` positions."""
+        """Returns rotary cos and sin [kinds * positions + 1, turned / 2], kind after kind, for at least `room`
+        positions each; the last row turns nothing."""
         with self._growing:
-            if self._tables is None or self._tables[0].shape[1] < room:
+            kinds = self.manifest["ropes"]
+            if self._tables is None or (len(self._tables[0]) - 1) // len(kinds) < room:
                 positions = np.arange(1 << max(room - 1, 255).bit_length(), dtype=np.float32)
-                kinds = self.manifest["ropes"]
                 angles = [positions[:, None] * np.float32(kind["inverse"]) for kind in kinds]
+                still = np.zeros((1, angles[0].shape[1]), np.float32)
                 self._tables = tuple(
-                    np.stack([turn(angle) * np.float32(kind["factor"]) for angle, kind in zip(angles, kinds)])
+                    np.concatenate([*(turn(angle) * np.float32(kind["factor"]) for angle, kind in zip(angles, kinds)),
+                                    turn(still)])
                     for turn in (np.cos, np.sin)
-                )
+                )  # fmt: skip
             return self._tables
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _forget(folder: Path) -> None:
-    """Lets go of pages of files that only loading needed; whatever is read again comes back from the system's cache.
-
-    Products have packed copies of their weights: the pages that these were packed from are 18 MB. Another 25 MB are
-    code and tables, of onnxruntime most of all, that nothing needs while tokens are generated.
-    """
-    ours = rf"(?:r-.. (?:\S+ +){{3}}/.*|.*{re.escape(str(folder))}/.*\.bin)"  # onnxruntime maps weights as writable
-    pages = rf"^(\w+)-(\w+) {ours}\n(?:(?!Anonymous)[A-Z].*\n)*Anonymous: +0 kB"  # and writes to none
-    try:
-        advise, maps = ctypes.CDLL(None).madvise, Path("/proc/self/smaps").read_text()
-    except (AttributeError, OSError, TypeError):  # another system: it drops them when it needs the room
-        return
-    for start, end in re.findall(pages, maps, re.MULTILINE):
-        start, end = int(start, 16), int(end, 16)
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-MANIFEST, FORMAT = "manifest.json", 2
+MANIFEST, FORMAT = "manifest.json", 3
 _FIRST = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from onnxruntime import OrtValue
+
+from adaptive.memory import forget, give_back
 
 SAMPLED = 16  # one score of so many says where the highest ones begin
 AT_ONCE = 128  # rows of the vocabulary: a CPU's cache holds them
@@ -72,8 +73,9 @@ def highest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def best(logits: np.ndarray, ids: np.ndarray | None) -> int:
-    """Returns the vocabulary entry of the highest of the logits [entries]; the lowest id wins a tie."""
-    return int(logits.argmax()) if ids is None else int(ids[logits == logits.max()].min())
+    """Returns the vocabulary entry of the highest of the logits [entries]; the lowest id wins a tie, as ids ascend."""
+    place = int(logits.argmax())
+    return place if ids is None else int(ids[place])
 
 
 class Session:
@@ -89,12 +91,18 @@ class Session:
         self.exits, self.depths, self.length = self.manifest["exits"], runtime.depths, 0
         shape = self.manifest["shape"]
         dims = (self.manifest["slots"], shape["kv_heads"], room, shape["head_dim"])
-        self.keys, self.values = np.zeros(dims, np.float32), np.zeros(dims, np.float32)
+        self.kv = np.zeros((2, *dims), np.float32)
+        self.keys, self.values = self.kv
         self.last, self.total = np.zeros(1, np.int32), np.zeros(1, np.int32)
-        self.cos, self.sin = runtime.tables(room)
         self.shared = {"last": _value(self.last), "total": _value(self.total)}
-        for kind in range(len(self.cos)):
-            self.shared |= {f"cos_{kind}": _value(self.cos[kind]), f"sin_{kind}": _value(self.sin[kind])}
+        kinds = len(self.manifest["ropes"])
+        for name, table in zip(("cos", "sin"), runtime.tables(room), strict=True):
+            self.shared[name] = _value(table)
+            for kind, part in enumerate(np.split(table[:-1], kinds)):
+                self.shared[f"{name}_{kind}"] = _value(part)
+        # Where each block's rotary table begins; and, per exit, the rows that turn what it fills, keys and then values.
+        self.begin = np.array(self.manifest["rope_of"]) * ((len(table) - 1) // kinds)
+        self.rows = [np.full((1, 2 * (self.manifest["layers"] - depth)), len(table) - 1) for depth in self.depths]
         for slot in range(dims[0]):
             for name, buffer in (("key", self.keys), ("value", self.values)):
                 self.shared[f"past_{name}_{slot}"] = self.shared[f"{name}_{slot}"] = _value(buffer[slot][None])
@@ -108,8 +116,8 @@ class Session:
                      for index, exit in enumerate(self.exits) if exit["slot"] is not None}  # fmt: skip
         self.frontier = dict.fromkeys(self.kept, 0)
 
-    def prefill(self, ids) -> np.ndarray:
-        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm."""
+    def prefill(self, ids, keep: bool = True) -> np.ndarray | None:
+        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm, to `keep`."""
         if self.length + len(ids) > self.room:
             raise ValueError(f"{len(ids)} more tokens do not fit: the session has room for {self.room}")
         out = []
@@ -128,9 +136,13 @@ class Session:
                     if self.exits[exit]["segment"] == index:
                         self.kept[exit][self.length : self.length + len(piece)] = state[0]
             self.length += len(piece)
-            out.append(found["normed"][0])
+            if keep:
+                out.append(found["normed"][0])
+            del state, found
+        if len(ids) > CHUNK:  # the code that multiplies many tokens; looking for it takes some milliseconds, and 4 MB
+            forget(self.runtime.graphs.folder)
         give_back()
-        return np.concatenate(out)
+        return np.concatenate(out) if keep else None
 
     def step(self, policy, token: int | None = None, probe: bool = False) -> Step:
         """Returns what becomes of the newest token.
@@ -179,16 +191,21 @@ class Session:
     def _head(self, index: int, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns (logits [entries], their ids or None) of one exit's head for the newest token; noted in `step`."""
         exit, step.headed[index] = self.exits[index], True
-        state = self.states[exit["segment"] + 1]
         if exit["slot"] is not None:
             normed, step.caught_up[index] = self._catch_up(index)
+            found = {"normed": normed}
         else:
-            normed = self._run(exit["features"], state=state, **self._borrowed(exit["borrowed"]))["normed"]
-        logits = self._run(exit["vocabulary"], normed=normed)["logits"].reshape(-1)
+            state, borrowed = self.states[exit["segment"] + 1], self._borrowed(exit["borrowed"])
+            own = self._filling(index, state) if exit["fill"] == exit["features"] else {"state": state}
+            found = self._run(exit["features"], own, **borrowed)
+        if exit["vocabulary"] is not None:
+            normed = found["normed"]
+            found = self._run(exit["vocabulary"], normed=normed)
+        logits = found["logits"].reshape(-1)
         if exit["entries"] == "picked":
-            ids = highest(logits, exit["count"])
+            ids = np.sort(highest(logits, exit["count"]))
             return self._exact(exit["rows"], ids, normed.reshape(-1)), ids
-        return logits, self.runtime.arrays[f"{exit['vocabulary']}_ids"] if exit["entries"] == "fixed" else None
+        return logits, self.runtime.arrays[exit["ids"]] if exit["entries"] == "fixed" else None
 
     def _exact(self, rows: str, ids: np.ndarray, normed: np.ndarray) -> np.ndarray:
         """Returns the LM head's logits of entries `ids` [entries] for one normed state [hidden]."""
@@ -224,14 +241,21 @@ class Session:
 
     def _skip(self, index: int, state: np.ndarray) -> None:
         """Fills what lies beyond the exit from the state that the token left with: K/V and deeper heads' states."""
-        depth, layers, now = self.depths[index], self.manifest["layers"], self.length - 1
-        if depth < layers:
-            kinds = self.manifest["rope_of"][depth:]
-            out = self._run(f"fill_{index}", state=state, cos=self.cos[kinds, now], sin=self.sin[kinds, now])
-            self.keys[depth:layers, :, now], self.values[depth:layers, :, now] = out["keys"], out["values"]
+        exit, depth, layers, now = self.exits[index], self.depths[index], self.manifest["layers"], self.length - 1
+        if exit["fill"] is not None:  # its head may have made them already
+            if exit["fill"] != exit["features"]:
+                self._run(exit["fill"], self._filling(index, state))
+            filled = self.bound[exit["fill"]][3]["filled"].reshape(2, layers - depth, -1, self.keys.shape[-1])
+            self.kv[:, depth:layers, :, now] = filled
         for deeper in self.kept:
             if deeper > index:
                 self.kept[deeper][now] = state[0, 0]
+
+    def _filling(self, index: int, state: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns what an exit's graph needs to fill K/V: the state, and where the newest token is."""
+        rows, begin = self.rows[index], self.begin[self.depths[index] :]
+        np.add(begin, self.length - 1, out=rows[0, : len(begin)])
+        return {"state": state, "rows": rows}
 
     def _catch_up(self, index: int) -> tuple[np.ndarray, int]:
         """Runs a block head over every token since it was last asked; returns the newest one's normed state
@@ -271,7 +295,7 @@ class Session:
             shared = self.shared.get(item.name)
             if shared is None:
                 dims = [1 if isinstance(size, str) else size for size in item.shape]
-                outputs[item.name] = arrays.get(item.name, np.zeros(dims, np.float32))
+                outputs[item.name] = arrays[item.name] if item.name in arrays else np.zeros(dims, np.float32)
                 shared = _value(outputs[item.name])
             binding.bind_ortvalue_output(item.name, shared)
         self.bound[name] = (graph, binding, arrays, outputs)
@@ -281,10 +305,11 @@ class Session:
         graph.run_with_iobinding(binding)
         return outputs
 
-    def _run(self, name: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs a graph for one token; the arrays are bound the first time, and copied to those later."""
+    def _run(self, name: str, own: dict | None = None, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs a graph for one token. Arrays of its `own` are the same ones every time; others are copied to those that
+        are bound."""
         if name not in self.bound:
-            self._bind(name, **{key: np.array(value) for key, value in arrays.items()})
+            self._bind(name, **(own or {}), **{key: np.array(value) for key, value in arrays.items()})
         for key, value in arrays.items():
             self.bound[name][2][key][:] = value
         return self._go(name)
@@ -301,14 +326,6 @@ class Session:
             binding.bind_ortvalue_output(item.name, self.shared.get(item.name) or _value(found[item.name]))
         graph.run_with_iobinding(binding)
         return found
-
-
-def give_back() -> None:
-    """Returns memory to the system that was freed; glibc would keep it. 20 MB after a prompt of 512 tokens."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library
-        pass
 
 
 def _value(array: np.ndarray) -> OrtValue:

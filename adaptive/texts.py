@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from adaptive.memory import give_back
+from adaptive.sealed import check
 
 ROLES = ("system", "user", "assistant")
 
@@ -64,15 +65,28 @@ def _refuse(message: str):
 
 
 class Texts:
-    """A tokenizer.
+    """A tokenizer, loaded when it is first asked for: who gives ids and takes ids is spared its 15 MB.
 
     Args:
         path: of tokenizer.json.
+        digest: its sha256, compared again when it is loaded.
         chat: renders conversations.
     """
 
-    def __init__(self, path: Path, chat: Chat):
-        self.tokenizer, self.template = Tokenizer.from_file(str(path)), chat
+    def __init__(self, path: Path, digest: str, chat: Chat):
+        self.path, self.digest, self.template, self.loading, self.loaded = path, digest, chat, threading.Lock(), None
+
+    @property
+    def tokenizer(self):
+        """The tokenizer."""
+        with self.loading:
+            if self.loaded is None:
+                from tokenizers import Tokenizer
+
+                check(self.path.parent, {self.path.name: self.digest})
+                self.loaded = Tokenizer.from_file(str(self.path))
+                give_back()
+            return self.loaded
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Returns token ids; with `special`, what the tokenizer puts before every text, too.
@@ -92,5 +106,7 @@ class Texts:
 
     def stream(self) -> Callable[[int], str]:
         """Returns a function that takes the ids of an answer one by one and returns what each adds to its text."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self.tokenizer, token) or ""
+        from tokenizers.decoders import DecodeStream
+
+        tokenizer, stream = self.tokenizer, DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(tokenizer, token) or ""

@@ -45,7 +45,7 @@ def adaptive(model, threads):
     def run(prompt, new, exit, share, stamp):
         policy = runtime.policy("full") if exit is None else Forced(exit, share)
         session, token = Session(runtime, len(prompt) + new), None
-        session.prefill(prompt)
+        session.prefill(prompt, keep=False)
         for _ in range(new):
             token = session.step(policy, token).pick()
             stamp()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from conftest import VOCAB
 from test_export import made, prompt, tokenizer
 
-from adaptive import sealed, session
+from adaptive import memory, sealed, session
 from adaptive.export import export
 from adaptive.runtime import Runtime
 
@@ -144,11 +145,11 @@ def test_exits_are_loaded_when_they_are_asked_for(folder, tmp_path):
     before = len(runtime.graphs)
     assert list(runtime.generate(prompt(), 4, policy="full")) and len(runtime.graphs) == before
     # Nobody reaches a score of 2: they are there before anybody leaves.
-    assert next(runtime.generate(prompt(), 4, policy=[math.inf, 2])) and "fill_1" in runtime.graphs
-    assert "fill_0" not in runtime.graphs
-    raw = (copied / "fill_0.bin").read_bytes()
-    (copied / "fill_0.bin").write_bytes(raw[::-1])
-    with pytest.raises(ValueError, match="fill_0.bin was changed"):
+    assert next(runtime.generate(prompt(), 4, policy=[math.inf, 2])) and "exit_1" in runtime.graphs
+    assert "exit_0" not in runtime.graphs
+    raw = (copied / "exit_0.bin").read_bytes()
+    (copied / "exit_0.bin").write_bytes(raw[::-1])
+    with pytest.raises(ValueError, match="exit_0.bin was changed"):
         list(runtime.generate(prompt(), 4, policy=[0, 0]))
 
 
@@ -161,10 +162,41 @@ def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sealed, "FORMAT", sealed.FORMAT + 1)
     sealed.seal(newer, record)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 3, this runtime reads 2"):
+    with pytest.raises(ValueError, match="format 4, this runtime reads 3"):
         Runtime.load(newer)
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds something that was not exported"):
         export(made(), full, "fp32", tokenizer())
+
+
+def test_the_tokenizer_is_loaded_when_text_is(folder, tmp_path):
+    copied = tmp_path / "out"
+    shutil.copytree(folder, copied)
+    runtime = Runtime.load(copied, threads=1)
+    session.Session(runtime, 12).prefill(prompt())
+    assert runtime.texts.loaded is None
+    (copied / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json was changed"):
+        runtime.texts.encode("w3")
+
+
+@pytest.mark.skipif(
+    not memory._huge() or tuple(map(int, os.uname().release.split(".")[:2])) < (6, 1), reason="huge pages are Linux's"
+)
+def test_what_is_full_is_moved_to_huge_pages_and_stays_as_it_was():
+    before, count = memory._filled(), 6 * memory._huge() // 8
+    parts = [np.arange(4096, dtype=np.float64) + n for n in range(count // 4096)]  # the heap, in small pieces
+    fresh = memory._filled() - before
+    assert len(fresh) > 2, "six of them were written"
+    memory.widen(fresh)
+    assert all(part[0] == n and part[-1] == n + 4095 for n, part in enumerate(parts))
+    pages = dict.fromkeys(fresh, 0)
+    start = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"(\w+)-(\w+) ", line):
+            start, end = (int(number, 16) for number in found.groups())
+        elif line.startswith("AnonHugePages:") and int(line.split()[1]):
+            pages |= {place: 1 for place in fresh if start <= place < end}
+    assert sum(pages.values()) > len(pages) / 2  # a machine may have few to give

@@ -12,7 +12,7 @@ import pytest
 import adaptive
 
 ROOT = Path(__file__).parents[1]
-RUNTIME = ["quantize", "sealed", "texts", "session", "runtime", "run"]
+RUNTIME = ["quantize", "sealed", "memory", "texts", "session", "runtime", "run"]
 GRAPHS = ["recipes", "onnx_graph", "graphs"]
 # A file imports from rows above its own, and from files that stand before it in its row.
 ROWS = [
