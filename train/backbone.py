@@ -1,4 +1,4 @@
-"""Train a small backbone from scratch on local text: a Llama or a GPT-2 to try recipes on where no model can be fetched.
+"""Train a small backbone from scratch on local text: a Llama or a GPT-2, to try recipes where no model can be fetched.
 
     python train/backbone.py --config configs/small_backbone.yaml
     python train/backbone.py --data notes/ --output runs/mine --family gpt2 --layers 6 --steps 500
@@ -94,7 +94,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from adaptive.data import digest, read_texts
 from adaptive.provenance import provenance
-from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take
+from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows
 from adaptive.runs import STATE, Metrics, earlier_run, put, write_json
 
 END = "<|endoftext|>"  # between texts, and the first token of a text that the model begins
@@ -206,7 +206,7 @@ def train(config: BackboneConfig, model: nn.Module, optimizer, rows: Rows, held_
         if due:
             print(f"\nstep {step + 1}, held out: {metrics['eval/loss']:.3f} nats")
             progress |= {"step": step + 1, "seconds": time.perf_counter() - start}
-            put(folder / STATE, lambda fresh: save_file(state_of(model, optimizer), fresh, in_header(progress)))
+            save_state(folder / STATE, model, optimizer, progress)
 
 
 def pace_at(step: int, steps: int) -> float:
@@ -235,21 +235,16 @@ def unigram_loss(model: nn.Module, rows: Rows, held_out: Rows) -> float:
     return float(-(counts / counts.sum()).log()[held_out["input_ids"][:, 1:].long()].mean())
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns weights and what the optimizer remembers of them, by name."""
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+    """Writes weights and what the optimizer remembers of them, by name, with `progress` in the header."""
     tensors = {f"model/{name}": weight.detach() for name, weight in model.named_parameters()}
     for name, weight in model.named_parameters():
         tensors |= {f"{kind}/{name}": tensor for kind, tensor in optimizer.state.get(weight, {}).items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def in_header(progress: dict) -> dict[str, str]:
-    """Returns progress as the header of a safetensors file holds it."""
-    return {"progress": json.dumps(progress)}
+    put(path, lambda fresh: save_file(tensors, fresh, {"progress": json.dumps(progress)}))
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: dict) -> dict:
-    """Puts back what `state_of` gave; returns its progress, `fresh` when there is none yet.
+    """Puts back what `save_state` wrote; returns its progress, `fresh` when there is none yet.
 
     Raises:
         ValueError: the texts are others now.
