@@ -64,8 +64,6 @@ if __name__ == "__main__":
     CONFIG = load_config(StudyConfig)
 
 import json
-import os
-import platform
 import subprocess
 import time
 from pathlib import Path
@@ -79,14 +77,16 @@ from tqdm import tqdm
 from adaptive import losses
 from adaptive.certify import load_tokenizer
 from adaptive.checked import build
-from adaptive.config import TrainConfig
+from adaptive.config import ExitConfig, TrainConfig
 from adaptive.data import digest
 from adaptive.exits import BASELINES, Gate, best
+from adaptive.kv import TrainingKV
 from adaptive.model import EarlyExitModel
-from adaptive.objective import SCREEN_STATES, exit_features
+from adaptive.objective import SCREEN_STATES, exit_features, full_states
 from adaptive.outcomes import answer
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import encode, is_ids
+from adaptive.provenance import provenance
 from adaptive.rows import load_rows, num_labelled, rows_of_step, split_rows, take
 from adaptive.runs import put, write_json
 from adaptive.screen import Screen
@@ -113,7 +113,7 @@ def main(config: StudyConfig) -> None:
         changes = config.variations[name] or {}
         record = {"name": name, "made_with": made_with, "changes": changes, **about, "training": training}
         write_json(path, record | provenance())
-    if config.ranks and not config.only and not (folder / "screen.json").exists():
+    if config.ranks and not (folder / "screen.json").exists():
         write_json(folder / "screen.json", {"table": screens(config, next(iter(plans.values()))), **provenance()})
 
 
@@ -155,17 +155,19 @@ def spent(plan: dict) -> dict:
 
 
 def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
-    """Returns rows of prompts and the full model's greedy answers, with the backbone's states.
+    """Returns rows of prompts and the original model's greedy answers, with the backbone's states.
 
-    The answers are kept beside the runs: variations of a frozen backbone share them.
+    The answers are kept beside the runs: all variations share them, also those that train the backbone.
     """
     prompts = json.loads(Path(config.prompts).read_text())[config.part][: config.num_prompts]
     asked = encode(prompts, None if all(map(is_ids, prompts)) else load_tokenizer(model))
     path = Path(config.output) / "answers.json"
-    key = digest(repr([asked, config.answer_tokens, plan.get("model"), plan.get("mode")]).encode())
+    key = digest(repr([asked, config.answer_tokens, plan.get("model")]).encode())
     found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("key") != key:
-        said = answer(model, asked, ExitPolicy.full(model.num_exits), config.answer_tokens, 64)[0]
+        name = build(TrainConfig, plan, []).model
+        original = EarlyExitModel.from_backbone(name, ExitConfig([1], head="norm"), dtype=torch.float32).eval()
+        said = answer(original, asked, ExitPolicy.full(1), config.answer_tokens, 64)[0]
         found = {"key": key, "answers": said}
         write_json(path, found)
     width = max(len(a) + len(b) for a, b in zip(asked, found["answers"], strict=True))
@@ -184,20 +186,22 @@ def judged(model: EarlyExitModel, rows: dict) -> dict:
     """Returns arrays about every answer token: "row", "place" (0 for an answer's first), "context" [tokens], "regret",
     "agrees" [tokens, exits], and a [tokens, exits] array of scores for the gates and for each training-free score."""
     view, exits = model.view, model.exits
-    if exits.shares_kv:
-        raise ValueError("a head with `head_kv`='shared' needs the backbone's K/V, which are not kept; leave it out")
     gates = {"gate": None} | {kind: Gate(view, kind) for kind in BASELINES}
     parts: dict[str, list] = {name: [] for name in ("row", "place", "context", "regret", "agrees", *gates)}
     for row in tqdm(range(len(rows["labels"])), desc="judging", unit="prompt", leave=False):
         length = int(rows["attention_mask"][row].sum())
         start = int((rows["labels"][row] == -100)[:length].sum())
         places = slice(start - 1, length - 1)
-        embedded, calls = view.start(rows["input_ids"][row : row + 1, :length].long(), None, None, None)
+        ids, cache = rows["input_ids"][row : row + 1, :length].long(), None
+        embedded, calls = view.start(ids, None, None, None)
         *states, final = rows["states"][row : row + 1, :length].unbind(2)
+        if exits.shares_kv:  # K/V are not kept with the states
+            cache = TrainingKV(view.num_layers)
+            states, final, calls = full_states(view, ids, None, model.depths, cache)
         full = view.logits(final[0, places]).float()
         columns: dict[str, list] = {name: [] for name in ("regret", "agrees", *gates)}
         for index, depth in enumerate(model.depths):
-            normed = exit_features(view, exits, index, depth, states[index], calls, None)[0, places]
+            normed = exit_features(view, exits, index, depth, states[index], calls, cache)[0, places]
             logits, ids = exits.logits(view, index, normed)
             said, state = best(logits, ids), states[index][0, places]
             columns["regret"].append(losses.regret(full, said))
@@ -242,24 +246,6 @@ def screens(config: StudyConfig, plan: dict) -> list[dict]:
             cost = (screen.weights + entries * normed.shape[1]) / (len(order) * normed.shape[1])
             held.append({"rank": rank, "entries": entries, "head": cost, "holds": float(inside)})
     return held
-
-
-def provenance() -> dict:
-    """Returns what figures must carry."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": (cpu or [platform.machine()])[0], "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(), "gpu": torch.cuda.is_available()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def place(tmp_path_factory):
 def studied(place):
     """The study's folder."""
     study = script("study")
-    variations = {"plain": None, "longer": {"steps": 8, "exits": {"gate": "mlp"}}}
+    shared = {"exits": {"head": ["block", "mlp", "norm"], "head_kv": "shared"}}
+    variations = {"plain": None, "longer": {"steps": 8, "exits": {"gate": "mlp"}}, "shared": shared}
     config = study.StudyConfig(str(place / "base.yaml"), str(place / "prompts.json"), str(place / "out"), variations,
                                answer_tokens=6, ranks=[4, 32], entries=[8, 97])  # fmt: skip
     study.main(config)
@@ -105,10 +106,11 @@ def test_kept_states_are_refused_where_the_backbone_learns():
         TrainConfig(**settings, exits=ExitConfig([1], head="block", head_kv="shared"))
 
 
-def test_what_is_judged_is_what_a_survey_sees(place, studied):
+@pytest.mark.parametrize("name", ["plain", "shared"])
+def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
     """Scores and regrets of one teacher-forced pass against decoding with every exit probed."""
-    model = EarlyExitModel.from_pretrained(studied / "plain", dtype=torch.float32)
-    found, record = load_file(studied / "plain.safetensors"), json.loads((studied / "plain.json").read_text())
+    model = EarlyExitModel.from_pretrained(studied / name, dtype=torch.float32)
+    found, record = load_file(studied / f"{name}.safetensors"), json.loads((studied / f"{name}.json").read_text())
     asked = json.loads((place / "prompts.json").read_text())["certify"]
     survey = certify.survey(model, asked, 6)
     later = found["place"] > 0
@@ -128,7 +130,7 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied):
 def test_figures_follow_from_the_arrays(studied, tmp_path):
     recipes = script("recipes")
     done = recipes.main(recipes.RecipesConfig(str(studied), str(tmp_path)))
-    assert {record["name"] for record in done} == {"plain", "longer"}
+    assert {record["name"] for record in done} == {"plain", "longer", "shared"}
     for record in done:
         found = load_file(studied / f"{record['name']}.safetensors")
         found["harm"] = (found["regret"] > 0.25).astype(float)
