@@ -57,6 +57,7 @@ from tqdm import tqdm
 from adaptive import ranking
 from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
+from adaptive.ranking import auc
 from adaptive.runs import put, write_json
 
 SCORES = ("gate", "max_prob", "margin", "entropy", "similarity")
@@ -101,16 +102,6 @@ def about_exits(record: dict, found: dict) -> list[dict]:
         right = {"agreement": float(found["agrees"][:, index].mean()), "no_harm": float(fine.mean())}
         out.append({"depth": exit["depth"], **right, "auc": aucs})
     return out
-
-
-def auc(scores: np.ndarray, true: np.ndarray) -> float | None:
-    """Returns the probability that a true one scores above a false one, ties counting half; None without both."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positive, negative = int(true.sum()), int((~true).sum())
-    if not positive or not negative:
-        return None
-    return float((ranks[true].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def compared(record: dict, found: dict) -> dict:
