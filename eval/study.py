@@ -64,6 +64,7 @@ if __name__ == "__main__":
     CONFIG = load_config(StudyConfig)
 
 import json
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -104,12 +105,12 @@ def main(config: StudyConfig) -> None:
         made_with = {"config": plan, "judged": [config.prompts, config.part, config.num_prompts, config.answer_tokens]}
         if path.exists() and json.loads(path.read_text())["made_with"] == made_with:
             continue
-        seconds = train(plan, folder / f"{name}.yaml")
+        took = train(plan, folder / f"{name}.yaml")
         model = EarlyExitModel.from_pretrained(plan["output"], dtype=torch.float32).eval()
         found = judged(model, answered(model, config, plan))
         put(folder / f"{name}.safetensors", lambda fresh, found=found: save_file(found, fresh))
         about = {"tolerance": model.loss_config.tolerance, "shape": model.costs.shape, "exits": model.costs.exits}
-        training = {**spent(plan), "seconds": seconds}
+        training = {**spent(plan), **took}
         changes = config.variations[name] or {}
         record = {"name": name, "made_with": made_with, "changes": changes, **about, "training": training}
         write_json(path, record | provenance())
@@ -127,19 +128,22 @@ def planned(base: dict, change: dict, output: Path) -> dict:
     return merged
 
 
-def train(plan: dict, path: Path) -> float:
-    """Trains a variation through the real command, if it is not there; returns the seconds that it took."""
+def train(plan: dict, path: Path) -> dict:
+    """Trains a variation through the real command, if it is not there; returns the "seconds" that it took, and the
+    "cpu_seconds", which a busy machine does not stretch."""
     took = Path(plan["output"]) / "took.json"
     if took.exists() and json.loads(took.read_text())["config"] == plan:
-        return json.loads(took.read_text())["seconds"]
+        return json.loads(took.read_text())["took"]
     put(path, lambda fresh: fresh.write_text(yaml.safe_dump(plan)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, str(ROOT / "train" / "exits.py"), "--config", str(path), "--resume"], check=True)
-    seconds = time.perf_counter() - start
-    write_json(took, {"config": plan, "seconds": seconds})
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = {"seconds": time.perf_counter() - start, "cpu_seconds": cpu}
+    write_json(took, {"config": plan, "took": found})
+    return found
 
 
 def spent(plan: dict) -> dict:
