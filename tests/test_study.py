@@ -129,7 +129,7 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
 
 def test_figures_follow_from_the_arrays(studied, tmp_path):
     recipes = script("recipes")
-    done = recipes.main(recipes.RecipesConfig(str(studied), str(tmp_path)))
+    done = recipes.main(recipes.RecipesConfig(str(studied), str(tmp_path), "plain", ["plain", "longer"]))
     assert {record["name"] for record in done} == {"plain", "longer", "shared"}
     for record in done:
         found = load_file(studied / f"{record['name']}.safetensors")
@@ -163,6 +163,14 @@ def test_figures_follow_from_the_arrays(studied, tmp_path):
     text = (tmp_path / "summary.md").read_text()
     assert text.count("| plain |") == 2 and text.count("| longer |") == 2 and "fixed list" in text
     assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("frontier", "gates", "tokens"))
+    lines = {line["figure"]: line for line in json.loads((tmp_path / "scaling.json").read_text())}
+    assert set(lines) == {f"no harm at {d}" for d in EXITS["depths"]} | {
+        f"FLOPs {x}" for x in ("at harm 0.02", "under the oracle")
+    }
+    sets = json.loads((tmp_path / "spacing.json").read_text())["sets"]
+    assert [one["depths"] for one in sets] == [[4], [1, 4], [2, 4], [1, 2, 4]]
+    plain = next(record for record in done if record["name"] == "plain")["scores"]
+    assert sets[-1]["oracle"] == plain["oracle"]["relative_flops"] and sets[-1]["at"] == plain["gate"]["at"]
     table = json.loads((tmp_path / "screen.json").read_text())["table"]
     assert {row["holds"] for row in table if row["entries"] == 97} == {1.0} and len(table) == 6
     assert next(r for r in table if r["rank"] == 32 and r["entries"] == 8)["holds"] == 1.0  # the whole head
@@ -174,6 +182,21 @@ def test_auc_counts_pairs():
     pairs = [(a > b) + (a == b) / 2 for a in scores[true] for b in scores[~true]]
     assert recipes.auc(scores, true) == pytest.approx(np.mean(pairs))
     assert recipes.auc(scores, np.ones(50, bool)) is None
+
+
+def test_a_line_is_found_again():
+    """Records that lie on a line give its formula, and the tokens that it wants for the goal."""
+    recipes, done = script("recipes"), []
+    for tokens in (1000, 10_000, 100_000):
+        none = 0.2 + 0.1 * np.log10(tokens)
+        costs = {"at": {"0.02": {"relative_flops": 1 - 0.04 * np.log10(tokens)}}}
+        scores = {"gate": costs, "oracle": {"relative_flops": 0.7}}
+        done.append({"training": {"different_tokens": tokens}, "exits": [{"depth": 3}], "scores": scores,
+                     "about_exits": [{"no_harm": none}]})  # fmt: skip
+    right, cost, oracle = recipes.scaled(done)
+    assert (right["a"], right["b"]) == pytest.approx((0.2, 0.1)) and right["residual"] == pytest.approx(0, abs=1e-9)
+    assert cost["log10_tokens_for_goal"] == pytest.approx(6) and right["log10_tokens_for_goal"] is None
+    assert oracle["b"] == pytest.approx(0, abs=1e-9)
 
 
 def test_bad_studies_are_refused(place):
