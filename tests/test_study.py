@@ -119,10 +119,10 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
     assert np.allclose(found["regret"][later], survey.regret, atol=1e-3)
     priced = [model.costs.by_exit(context) for context in found["context"][later]]
     assert np.array_equal(priced, survey.costs)
-    for name in ("max_prob", "margin", "entropy", "similarity"):
+    for score in ("max_prob", "margin", "entropy", "similarity"):
         gates = EarlyExitModel.from_pretrained(studied / name, dtype=torch.float32)
-        gates.exits.gates = torch.nn.ModuleList(type(gate)(gates.view, name) for gate in gates.exits.gates)
-        assert np.allclose(found[name][later], certify.survey(gates, asked, 6).scores, atol=1e-4), name
+        gates.exits.gates = torch.nn.ModuleList(type(gate)(gates.view, score) for gate in gates.exits.gates)
+        assert np.allclose(found[score][later], certify.survey(gates, asked, 6).scores, atol=1e-4), score
     assert record["training"]["tokens"] == 5 * 4 * 8 and record["training"]["different_tokens"] <= 23 * 8
     assert {"command", "commit", "machine", "versions", "date"} <= set(record)
 
