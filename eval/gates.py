@@ -22,12 +22,12 @@ class GatesConfig(Checked):
 
     Attributes:
         run: folder of a trained run
-        train: token files of labelled rows to train gates on
+        train: token files of labelled rows to train gates on, those that the run held out left out
         judge: token files of labelled rows to judge them on; labels are the full model's greedy answers
         states: folder that keeps the backbone's states
         output: .json file to write
         splits: how many ways to halve the prompts; figures are means over them
-        seed: of the gates trained here and of the halves
+        seed: of the run, of the gates trained here and of the halves
     """
 
     run: str
@@ -62,7 +62,7 @@ from adaptive.exits import best
 from adaptive.model import EarlyExitModel
 from adaptive.provenance import provenance
 from adaptive.ranking import auc
-from adaptive.rows import load_rows
+from adaptive.rows import load_rows, split_rows
 from adaptive.runs import write_json
 from adaptive.states import with_states
 
@@ -95,9 +95,9 @@ def main(config: GatesConfig) -> dict:
     torch.manual_seed(config.seed)
     model = EarlyExitModel.from_pretrained(config.run, dtype=torch.float32).eval()
     name = str(model.view.inner.name_or_path)
-    parts = {}
-    for part, files in (("train", config.train), ("judged", config.judge)):
-        parts[part] = tokens_of(model, with_states(model, load_rows(files, name, 256), Path(config.states)))
+    rows = {"train": split_rows(load_rows(config.train, name, 256), config.seed)[0]}
+    rows["judged"] = load_rows(config.judge, name, 256)
+    parts = {part: tokens_of(model, with_states(model, some, Path(config.states))) for part, some in rows.items()}
     judged = parts["judged"]
     judged = parts["judged"] = {key: value[judged["place"] > 0] for key, value in judged.items()}
     record = {"config": asdict(config), "depths": list(model.depths), "tolerance": model.loss_config.tolerance}
