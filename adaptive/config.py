@@ -100,8 +100,10 @@ class LossConfig(Checked):
     """What an exit is trained towards.
 
     Attributes:
-        divergence: of the exit from the full model: KL from full to exit (forward), exit to full (reverse), or js
+        divergence: of the exit from the full model: KL from full to exit (forward), exit to full (reverse), js, or the
+            total variation (tv)
         cross_entropy: weight of the labels' cross-entropy beside the divergence
+        hidden: weight of the squared distance of an exit's normed state from the full model's, over the latter's square
         weights: weight of each exit in the sum; none = equal
         top_k: number of the teacher's likeliest entries in the distillation
         negatives: number of random vocabulary entries beside them, shared by a step; none = the exact sum, in chunks
@@ -111,8 +113,9 @@ class LossConfig(Checked):
         curriculum: which exits take part in a step: all of them (none) or in turn (rotational)
     """
 
-    divergence: Literal["forward", "reverse", "js"] = "forward"
+    divergence: Literal["forward", "reverse", "js", "tv"] = "forward"
     cross_entropy: float = 0.0
+    hidden: float = 0.0
     weights: list[float] | None = None
     top_k: int = 16
     negatives: int | None = 2048
@@ -123,7 +126,7 @@ class LossConfig(Checked):
 
     def problems(self) -> list[str]:
         """One line for each fault."""
-        found = self._below(0, "cross_entropy", "tolerance", "final") + self._below(1, "top_k", "negatives")
+        found = self._below(0, "cross_entropy", "hidden", "tolerance", "final") + self._below(1, "top_k", "negatives")
         if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) == 0):
             found.append(f"`weights` is {self.weights}; none may be negative and one must be above 0")
         if not 0 <= self.layer_dropout < 1:

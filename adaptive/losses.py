@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-DIVERGENCES = ("forward", "reverse", "js")
+DIVERGENCES = ("forward", "reverse", "js", "tv")
 # Beyond 20 to 1 a balanced class would be a handful of positions per step, shouting.
 MAX_CLASS_WEIGHT = 10.0
 
@@ -70,18 +70,19 @@ def divergence(teacher: Tensor, student: Tensor, kind: str = "forward", log_weig
     """Divergence between two next-token distributions at each position, nats, [N].
 
     "forward" is KL(teacher || student), "reverse" KL(student || teacher) (Gu et al. 2024, "MiniLLM", section 2), "js"
-    Jensen-Shannon (Lin 1991, "Divergence Measures Based on the Shannon Entropy", section 4). No temperature
-    (Jamialahmadi et al. 2025, "Balcony"). To compare on a shortlist, hand in its columns only: both sides are
-    renormalised over them.
+    Jensen-Shannon (Lin 1991, "Divergence Measures Based on the Shannon Entropy", section 4), "tv" total variation, in
+    [0, 1]: the share of drafts that a sampling judge turns down (Leviathan et al. 2023, "Fast Inference from
+    Transformers via Speculative Decoding", corollary 3.6). No temperature (Jamialahmadi et al. 2025, "Balcony"). To
+    compare on a shortlist, hand in its columns only: both sides are renormalised over them.
 
     Args:
         teacher: the full model's logits, [N, C]; hand in a detached tensor.
         student: the exit's logits for the same entries, [N, C].
-        kind: "forward", "reverse" or "js".
+        kind: "forward", "reverse", "js" or "tv".
         log_weight: [C] from `candidates`; `None` when every entry is there.
 
     Raises:
-        ValueError: `kind` is none of the three.
+        ValueError: `kind` is none of these.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"`divergence` is {kind!r}; it can be {', '.join(DIVERGENCES)}; choose one of these.")
@@ -90,6 +91,8 @@ def divergence(teacher: Tensor, student: Tensor, kind: str = "forward", log_weig
         return _kl(teacher_log, student_log)
     if kind == "reverse":
         return _kl(student_log, teacher_log)
+    if kind == "tv":
+        return 0.5 * (teacher_log.exp() - student_log.exp()).abs().sum(-1)
     middle_log = torch.logaddexp(teacher_log, student_log) - math.log(2)
     return 0.5 * (_kl(teacher_log, middle_log) + _kl(student_log, middle_log))
 
@@ -104,6 +107,19 @@ def cross_entropy(student: Tensor, target: Tensor, log_weight: Tensor | None = N
         log_weight: [C] from `candidates`; `None` when every entry is there.
     """
     return -_log_softmax(student, log_weight).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+def hidden_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared distance of an exit's normed state from the full model's, as a share of the latter's square, [N].
+
+    States instead of what is said of them: Romero et al. 2015, "FitNets", section 2.1, equation 3.
+
+    Args:
+        teacher: the full model's normed states, [N, hidden]; hand in a detached tensor.
+        student: the exit's, [N, hidden].
+    """
+    teacher, student = teacher.float(), student.float()
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
 
 
 def in_chunks(function: Callable[..., Tensor], *states: Tensor, chunk: int = 256) -> Tensor:

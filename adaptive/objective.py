@@ -188,7 +188,7 @@ def _backbone_pass(
 
 
 class _Comparison:
-    """Divergence (and cross-entropy) of an exit from the full model at every labelled position."""
+    """Divergence (cross-entropy, distance) of an exit from the full model at every labelled position."""
 
     def __init__(
         self, view: Backbone, teacher_view: Backbone, targets: Targets, config, ids: Tensor, log_weight: Tensor
@@ -202,6 +202,12 @@ class _Comparison:
 
     def __call__(self, normed: Tensor) -> Tensor:
         """Returns the loss per position [N] of an exit's normed states [N, hidden]."""
+        out = self._compared(normed)
+        if self.config.hidden:
+            out = out + self.config.hidden * losses.hidden_distance(self.targets.normed, normed)
+        return out
+
+    def _compared(self, normed: Tensor) -> Tensor:
         if self.exact:
             return losses.in_chunks(self._whole, normed, self.targets.normed, self.targets.labels, chunk=CHUNK)
         return self._loss(self.view.logits(normed, self.ids), self.teacher, self.targets.labels, self.ids)

@@ -82,6 +82,16 @@ def rank_budget(scores, harms, costs, full_cost, budget, rows=None, grid=256):
     return thresholds
 
 
+def auc(scores, true) -> float | None:
+    """Returns the probability that a true one scores above a false one, ties counting half; None without both."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positive, negative = int(true.sum()), int((~true).sum())
+    if not positive or not negative:
+        return None
+    return float((ranks[true].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
 def _checked_arrays(scores, harms, costs, rows):
     """The arrays as float64, and the prompt of each token as a number from 0 on."""
     scores, harms, costs = (np.asarray(array, dtype=np.float64) for array in (scores, harms, costs))

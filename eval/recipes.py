@@ -1,6 +1,7 @@
 """Tables and pictures of a study: what recipes save at equal harm, how far their gates are from an oracle.
 
     python eval/recipes.py --study runs/study --output results/recipes
+    python eval/recipes.py --study runs/study --output results/recipes --scaling quarter,half,all
 
 Thresholds are chosen on half of the prompts and measured on the other half, then the other way round; which exits to
 close is part of the choice. Every score pays what it costs: a training-free one has no gate, but most must evaluate an
@@ -9,14 +10,16 @@ oracle leaves at the earliest exit that does no harm. In the output folder:
 
     NAME.json              every figure of a variation
     screen.json            copied from the study
+    scaling.json           lines fitted to the variations named by `scaling`
+    spacing.json           some of the exits of one variation without the others
     summary.md             the tables
-    frontier.png           harm against FLOPs of each variation, with its own gates
+    frontier.png           harm against FLOPs of the ten that save most, with their own gates
     gates.png              harm against FLOPs of each score, on one variation
-    tokens.png             share of tokens that exits do no harm to, against tokens trained on
+    tokens.png             the fitted lines
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptive.checked import Checked, load_config
@@ -29,12 +32,14 @@ class RecipesConfig(Checked):
     Attributes:
         study: folder that eval/study.py wrote
         output: folder for tables and pictures
-        shown: variation whose scores are compared in gates.png; none = the one that saves most
+        shown: variation whose scores and sets of exits are compared; none = the one that saves most
+        scaling: variations that differ in the amount of text alone; a line is fitted to them
     """
 
     study: str
     output: str
     shown: str | None = None
+    scaling: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         """One line for each fault."""
@@ -57,12 +62,14 @@ from tqdm import tqdm
 from adaptive import ranking
 from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
+from adaptive.ranking import auc
 from adaptive.runs import put, write_json
 
 SCORES = ("gate", "max_prob", "margin", "entropy", "similarity")
 TARGETS = (0.005, 0.01, 0.02, 0.04, 0.08)  # harms that thresholds are chosen for
 SHOWN = (0.005, 0.01, 0.02, 0.05)  # measured harms that figures are interpolated to
 GRID = 64  # candidate thresholds per exit
+GOAL = 0.76  # relative FLOPs that issue 3 asks of the long recipe
 PARTS = ("relative_flops", "depth", "shortlist", "overhead")
 
 
@@ -82,11 +89,15 @@ def main(config: RecipesConfig) -> list[dict]:
     done.sort(key=lambda record: record["scores"]["gate"]["at"]["0.01"]["relative_flops"])
     chosen = next((record for record in done if record["name"] == config.shown), done[0])
     screen = json.loads((study / "screen.json").read_text()) if (study / "screen.json").exists() else None
-    if screen:
-        write_json(folder / "screen.json", screen)
-    text = summary(done, screen)
+    of_line = [record for name in config.scaling for record in done if record["name"] == name]
+    lines = scaled(of_line) if len(of_line) > 1 else []
+    spaced = spacing(chosen, load_file(study / f"{chosen['name']}.safetensors"))
+    for name, found in (("screen", screen), ("scaling", lines), ("spacing", spaced)):
+        if found:
+            write_json(folder / f"{name}.json", found)
+    text = summary(done) + more(screen, lines, spaced)
     put(folder / "summary.md", lambda fresh: fresh.write_text(text))
-    for name, picture in (("frontier", frontiers(done)), ("gates", gates(chosen)), ("tokens", over_tokens(done))):
+    for name, picture in (("frontier", frontiers(done)), ("gates", gates(chosen)), ("tokens", over_tokens(lines))):
         put(folder / f"{name}.png", lambda fresh, picture=picture: picture.savefig(fresh, format="png", dpi=120))
     print(text)
     return done
@@ -103,28 +114,51 @@ def about_exits(record: dict, found: dict) -> list[dict]:
     return out
 
 
-def auc(scores: np.ndarray, true: np.ndarray) -> float | None:
-    """Returns the probability that a true one scores above a false one, ties counting half; None without both."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positive, negative = int(true.sum()), int((~true).sum())
-    if not positive or not negative:
-        return None
-    return float((ranks[true].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
-def compared(record: dict, found: dict) -> dict:
+def compared(record: dict, found: dict, names: tuple = (*SCORES, "shared")) -> dict:
     """Returns measured points and figures at equal harm for each score and one shared threshold, and the oracle's."""
     found = found | {"shared": found["gate"], "oracle": 1.0 - found["harm"]}
     everything = np.ones(len(found["row"]), bool)
     out = {"oracle": measured(record, found, "oracle", (0.5,) * len(record["exits"]), everything)}
-    for name in (*SCORES, "shared"):
+    for name in names:
         pairs: dict[float, list] = {target: [] for target in TARGETS}
         for chosen in (found["row"] % 2 == 0, found["row"] % 2 == 1):
             for target, thresholds in choices(record, found, name, chosen):
                 pairs[target].append(measured(record, found, name, thresholds, ~chosen))
         line = [{key: float(np.mean([point[key] for point in pair])) for key in pair[0]} for pair in pairs.values()]
         out[name] = {"points": line, "at": {str(harm): at_harm(line, harm) for harm in SHOWN}}
+    return out
+
+
+def spacing(record: dict, found: dict) -> dict:
+    """Returns what some exits do without the others: each one beside the last, every second one, all of them."""
+    found, last = found | {"harm": (found["regret"] > record["tolerance"]).astype(float)}, len(record["exits"]) - 1
+    kept = [[last], *([index, last] for index in range(last)), sorted({*range(0, last, 2), last})]
+    kept += [sorted({*range(1, last, 2), last}), list(range(last + 1))]
+    out = []
+    for some in [keep for index, keep in enumerate(kept) if keep not in kept[:index]]:
+        part = found | {name: np.ascontiguousarray(found[name][:, some]) for name in ("harm", "gate")}
+        cut = record | {"exits": [record["exits"][index] for index in some]}
+        scores = compared(cut, part, ("gate",))
+        oracle = scores["oracle"]["relative_flops"]
+        out.append({"depths": [exit["depth"] for exit in cut["exits"]], "oracle": oracle, "at": scores["gate"]["at"]})
+    return {"variation": record["name"], "sets": out}
+
+
+def scaled(done: list[dict]) -> list[dict]:
+    """Returns lines a + b log10(different tokens trained on), fitted in squares: share of harmless tokens at each
+    depth, and relative FLOPs at 2 % harm and under the oracle, with the tokens that a line wants for `GOAL`."""
+    tokens = [record["training"]["different_tokens"] for record in done]
+    values = {f"no harm at {exit['depth']}": [record["about_exits"][index]["no_harm"] for record in done]
+              for index, exit in enumerate(done[0]["exits"])}  # fmt: skip
+    values["FLOPs at harm 0.02"] = [record["scores"]["gate"]["at"]["0.02"]["relative_flops"] for record in done]
+    values["FLOPs under the oracle"] = [record["scores"]["oracle"]["relative_flops"] for record in done]
+    out = []
+    for name, line in values.items():
+        slope, start = np.polyfit(np.log10(tokens), line, 1)
+        rest = float(np.std(line - (start + slope * np.log10(tokens))))
+        goal = float((GOAL - start) / slope) if name.startswith("FLOPs") and slope else None
+        out.append({"figure": name, "a": float(start), "b": float(slope), "residual": rest, "tokens": tokens,
+                    "values": line, "log10_tokens_for_goal": goal})  # fmt: skip
     return out
 
 
@@ -214,14 +248,9 @@ def at_harm(line: list[dict], harm: float) -> dict:
     return {key: float(np.interp(harm, harms, values[key])) for key in PARTS}
 
 
-def best_free(record: dict, harm: str) -> tuple[str, dict]:
-    """Returns the training-free score that costs least at a harm, and its figures."""
-    return min(((name, record["scores"][name]["at"][harm]) for name in SCORES[1:]), key=lambda s: s[1][PARTS[0]])
-
-
-def summary(done: list[dict], screen: dict | None) -> str:
-    """Returns the tables as Markdown."""
-    first = [["variation", "tokens (different)", "seconds", "depth: agreement / no harm", *(f"FLOPs at harm {h:g}"
+def summary(done: list[dict]) -> str:
+    """Returns the tables of variations and of their gates as Markdown."""
+    first = [["variation", "tokens (different)", "CPU seconds", "depth: agreement / no harm", *(f"FLOPs at harm {h:g}"
              for h in SHOWN), "depth, shortlist, rest at 0.01", "shared threshold at 0.01"]]  # fmt: skip
     second = [["variation", "AUC gate / best free, per exit", *(f"gate, best free at {h:g}" for h in SHOWN),
                "net depth at 0.01: gate / best free", "oracle", "of the oracle's saving at 0.01"]]  # fmt: skip
@@ -230,18 +259,34 @@ def summary(done: list[dict], screen: dict | None) -> str:
         parts = ", ".join(f"{100 * gate['0.01'][key]:.1f} %" for key in PARTS[1:])
         exits = "; ".join(f"{e['depth']}: {e['agreement']:.2f} / {e['no_harm']:.3f}" for e in record["about_exits"])
         tokens = f"{spent['tokens']:,} ({spent['different_tokens']:,})"
-        first.append([record["name"], tokens, f"{spent['seconds']:.0f}", exits,
+        first.append([record["name"], tokens, f"{spent['cpu_seconds']:.0f}", exits,
                       *(f"{gate[str(h)]['relative_flops']:.3f}" for h in SHOWN), parts,
                       f"{scores['shared']['at']['0.01']['relative_flops']:.3f}"])  # fmt: skip
         aucs = [(e["auc"]["gate"], max(e["auc"][n] or 0 for n in SCORES[1:])) for e in record["about_exits"]]
-        free, oracle = {str(h): best_free(record, str(h)) for h in SHOWN}, scores["oracle"]["relative_flops"]
+        oracle = scores["oracle"]["relative_flops"]
+        free = {h: min(((n, scores[n]["at"][h]) for n in SCORES[1:]), key=lambda s: s[1][PARTS[0]]) for h in gate}
         net = [point["depth"] + point["overhead"] for point in (gate["0.01"], free["0.01"][1])]
         second.append([record["name"], ", ".join(f"{a or 0:.2f} / {b:.2f}" for a, b in aucs),
                        *(f"{gate[h]['relative_flops']:.3f}, {f['relative_flops']:.3f} ({n})"
                          for h, (n, f) in free.items()),
                        " / ".join(f"{100 * part:.1f} %" for part in net), f"{oracle:.3f}",
                        f"{(1 - gate['0.01']['relative_flops']) / max(1 - oracle, 1e-9):.2f}"])  # fmt: skip
-    text = f"## Recipes\n\n{markdown(first)}\n\n## Gates\n\n{markdown(second)}\n"
+    return f"## Recipes\n\n{markdown(first)}\n\n## Gates\n\n{markdown(second)}\n"
+
+
+def more(screen: dict | None, lines: list[dict], spaced: dict) -> str:
+    """Returns the tables of shortlists, lines and sets of exits as Markdown."""
+    rows = [["exits", *(f"FLOPs at harm {h:g}" for h in SHOWN), "oracle"]]
+    rows += [[", ".join(map(str, one["depths"])), *(f"{one['at'][str(h)]['relative_flops']:.3f}" for h in SHOWN),
+              f"{one['oracle']:.3f}"] for one in spaced["sets"]]  # fmt: skip
+    text = f"\n## Exits of {spaced['variation']}\n\n{markdown(rows)}\n"
+    if lines:
+        rows = [["figure", "line in t = different tokens", "residual", "measured", f"log10 t for {GOAL}"]]
+        rows += [[line["figure"], f"{line['a']:.3f} {line['b']:+.4f} log10 t", f"{line['residual']:.4f}",
+                  ", ".join(f"{v:.3f} at {t:,}" for t, v in zip(line["tokens"], line["values"], strict=True)),
+                  "" if line["log10_tokens_for_goal"] is None else f"{line['log10_tokens_for_goal']:.1f}"]
+                 for line in lines]  # fmt: skip
+        text += f"\n## Scaling\n\n{markdown(rows)}\n"
     if screen:
         rows = [["rank of the preview", "entries", "share of the head's cost", "holds the full model's word"]]
         rows += [[str(r["rank"] or "fixed list"), str(r["entries"]), f"{r['head']:.3f}", f"{r['holds']:.4f}"]
@@ -271,10 +316,10 @@ def drawn(axes, record: dict, score: str, label: str, **style) -> None:
 
 
 def frontiers(done: list[dict]) -> Figure:
-    """Returns the picture of all variations under their own gates."""
+    """Returns the picture of the ten variations that save most under their own gates."""
     figure, axes = axes_of("Recipes, each with its own gates", "FLOPs per token, relative", "harm (teacher-forced)")
-    for index, record in enumerate(done):
-        drawn(axes, record, "gate", record["name"], linestyle=("-", "--", ":")[index // 10 % 3])
+    for record in done[:10]:
+        drawn(axes, record, "gate", record["name"])
     axes.legend(fontsize="small")
     return figure
 
@@ -289,17 +334,13 @@ def gates(record: dict) -> Figure:
     return figure
 
 
-def over_tokens(done: list[dict]) -> Figure:
-    """Returns the picture of what more tokens bring, one line per depth and kind of head."""
-    figure, axes = axes_of("More tokens", "labelled tokens trained on", "share of tokens that leave without harm")
-    lines: dict[tuple, list] = {}
-    for record in done:
-        for exit, about in zip(record["exits"], record["about_exits"], strict=True):
-            weights = exit["head"] + sum(block["weights"] for block in exit["blocks"])
-            place = lines.setdefault((exit["depth"], weights), [])
-            place.append((max(record["training"]["tokens"], 1), about["no_harm"]))
-    for (depth, weights), points in sorted(lines.items()):
-        axes.plot(*np.transpose(sorted(points)), marker="o", label=f"depth {depth}, {weights / 1e6:.2f}M weights")
+def over_tokens(lines: list[dict]) -> Figure:
+    """Returns the picture of what more text brings: measured points, and the lines fitted to them."""
+    figure, axes = axes_of("More text, one pass over it", "different tokens trained on", "share of tokens, or of FLOPs")
+    for index, line in enumerate(lines):
+        ends = np.array([min(line["tokens"]), 30 * max(line["tokens"])])
+        axes.plot(ends, line["a"] + line["b"] * np.log10(ends), linestyle=":", color=f"C{index}")
+        axes.plot(line["tokens"], line["values"], "o", color=f"C{index}", label=line["figure"])
     axes.set_xscale("log")
     axes.legend(fontsize="small")
     return figure

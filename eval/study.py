@@ -64,8 +64,7 @@ if __name__ == "__main__":
     CONFIG = load_config(StudyConfig)
 
 import json
-import os
-import platform
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -79,14 +78,16 @@ from tqdm import tqdm
 from adaptive import losses
 from adaptive.certify import load_tokenizer
 from adaptive.checked import build
-from adaptive.config import TrainConfig
+from adaptive.config import ExitConfig, TrainConfig
 from adaptive.data import digest
 from adaptive.exits import BASELINES, Gate, best
+from adaptive.kv import TrainingKV
 from adaptive.model import EarlyExitModel
-from adaptive.objective import SCREEN_STATES, exit_features
+from adaptive.objective import SCREEN_STATES, exit_features, full_states
 from adaptive.outcomes import answer
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import encode, is_ids
+from adaptive.provenance import provenance
 from adaptive.rows import load_rows, num_labelled, rows_of_step, split_rows, take
 from adaptive.runs import put, write_json
 from adaptive.screen import Screen
@@ -104,16 +105,16 @@ def main(config: StudyConfig) -> None:
         made_with = {"config": plan, "judged": [config.prompts, config.part, config.num_prompts, config.answer_tokens]}
         if path.exists() and json.loads(path.read_text())["made_with"] == made_with:
             continue
-        seconds = train(plan, folder / f"{name}.yaml")
+        took = train(plan, folder / f"{name}.yaml")
         model = EarlyExitModel.from_pretrained(plan["output"], dtype=torch.float32).eval()
         found = judged(model, answered(model, config, plan))
         put(folder / f"{name}.safetensors", lambda fresh, found=found: save_file(found, fresh))
         about = {"tolerance": model.loss_config.tolerance, "shape": model.costs.shape, "exits": model.costs.exits}
-        training = {**spent(plan), "seconds": seconds}
+        training = {**spent(plan), **took}
         changes = config.variations[name] or {}
         record = {"name": name, "made_with": made_with, "changes": changes, **about, "training": training}
         write_json(path, record | provenance())
-    if config.ranks and not config.only and not (folder / "screen.json").exists():
+    if config.ranks and not (folder / "screen.json").exists():
         write_json(folder / "screen.json", {"table": screens(config, next(iter(plans.values()))), **provenance()})
 
 
@@ -127,19 +128,22 @@ def planned(base: dict, change: dict, output: Path) -> dict:
     return merged
 
 
-def train(plan: dict, path: Path) -> float:
-    """Trains a variation through the real command, if it is not there; returns the seconds that it took."""
+def train(plan: dict, path: Path) -> dict:
+    """Trains a variation through the real command, if it is not there; returns the "seconds" that it took, and the
+    "cpu_seconds", which a busy machine does not stretch."""
     took = Path(plan["output"]) / "took.json"
     if took.exists() and json.loads(took.read_text())["config"] == plan:
-        return json.loads(took.read_text())["seconds"]
+        return json.loads(took.read_text())["took"]
     put(path, lambda fresh: fresh.write_text(yaml.safe_dump(plan)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, str(ROOT / "train" / "exits.py"), "--config", str(path), "--resume"], check=True)
-    seconds = time.perf_counter() - start
-    write_json(took, {"config": plan, "seconds": seconds})
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = {"seconds": time.perf_counter() - start, "cpu_seconds": cpu}
+    write_json(took, {"config": plan, "took": found})
+    return found
 
 
 def spent(plan: dict) -> dict:
@@ -155,17 +159,19 @@ def spent(plan: dict) -> dict:
 
 
 def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
-    """Returns rows of prompts and the full model's greedy answers, with the backbone's states.
+    """Returns rows of prompts and the original model's greedy answers, with the backbone's states.
 
-    The answers are kept beside the runs: variations of a frozen backbone share them.
+    The answers are kept beside the runs: all variations share them, also those that train the backbone.
     """
     prompts = json.loads(Path(config.prompts).read_text())[config.part][: config.num_prompts]
     asked = encode(prompts, None if all(map(is_ids, prompts)) else load_tokenizer(model))
     path = Path(config.output) / "answers.json"
-    key = digest(repr([asked, config.answer_tokens, plan.get("model"), plan.get("mode")]).encode())
+    key = digest(repr([asked, config.answer_tokens, plan.get("model")]).encode())
     found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("key") != key:
-        said = answer(model, asked, ExitPolicy.full(model.num_exits), config.answer_tokens, 64)[0]
+        name = build(TrainConfig, plan, []).model
+        original = EarlyExitModel.from_backbone(name, ExitConfig([1], head="norm"), dtype=torch.float32).eval()
+        said = answer(original, asked, ExitPolicy.full(1), config.answer_tokens, 64)[0]
         found = {"key": key, "answers": said}
         write_json(path, found)
     width = max(len(a) + len(b) for a, b in zip(asked, found["answers"], strict=True))
@@ -184,20 +190,22 @@ def judged(model: EarlyExitModel, rows: dict) -> dict:
     """Returns arrays about every answer token: "row", "place" (0 for an answer's first), "context" [tokens], "regret",
     "agrees" [tokens, exits], and a [tokens, exits] array of scores for the gates and for each training-free score."""
     view, exits = model.view, model.exits
-    if exits.shares_kv:
-        raise ValueError("a head with `head_kv`='shared' needs the backbone's K/V, which are not kept; leave it out")
     gates = {"gate": None} | {kind: Gate(view, kind) for kind in BASELINES}
     parts: dict[str, list] = {name: [] for name in ("row", "place", "context", "regret", "agrees", *gates)}
     for row in tqdm(range(len(rows["labels"])), desc="judging", unit="prompt", leave=False):
         length = int(rows["attention_mask"][row].sum())
         start = int((rows["labels"][row] == -100)[:length].sum())
         places = slice(start - 1, length - 1)
-        embedded, calls = view.start(rows["input_ids"][row : row + 1, :length].long(), None, None, None)
+        ids, cache = rows["input_ids"][row : row + 1, :length].long(), None
+        embedded, calls = view.start(ids, None, None, None)
         *states, final = rows["states"][row : row + 1, :length].unbind(2)
+        if exits.shares_kv:  # K/V are not kept with the states
+            cache = TrainingKV(view.num_layers)
+            states, final, calls = full_states(view, ids, None, model.depths, cache)
         full = view.logits(final[0, places]).float()
         columns: dict[str, list] = {name: [] for name in ("regret", "agrees", *gates)}
         for index, depth in enumerate(model.depths):
-            normed = exit_features(view, exits, index, depth, states[index], calls, None)[0, places]
+            normed = exit_features(view, exits, index, depth, states[index], calls, cache)[0, places]
             logits, ids = exits.logits(view, index, normed)
             said, state = best(logits, ids), states[index][0, places]
             columns["regret"].append(losses.regret(full, said))
@@ -242,24 +250,6 @@ def screens(config: StudyConfig, plan: dict) -> list[dict]:
             cost = (screen.weights + entries * normed.shape[1]) / (len(order) * normed.shape[1])
             held.append({"rank": rank, "entries": entries, "head": cost, "holds": float(inside)})
     return held
-
-
-def provenance() -> dict:
-    """Returns what figures must carry."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": (cpu or [platform.machine()])[0], "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(), "gpu": torch.cuda.is_available()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def test_divergence_is_the_reference(kind):
     p, q = (torch.distributions.Categorical(logits=logits) for logits in (teacher, student))
     middle = torch.distributions.Categorical(probs=(p.probs + q.probs) / 2)
     kl = torch.distributions.kl_divergence
-    expected = {"forward": kl(p, q), "reverse": kl(q, p), "js": (kl(p, middle) + kl(q, middle)) / 2}[kind]
+    expected = {"forward": kl(p, q), "reverse": kl(q, p), "js": (kl(p, middle) + kl(q, middle)) / 2}
+    # One minus the overlap: what speculative sampling accepts.
+    expected = (expected | {"tv": 1 - torch.minimum(p.probs, q.probs).sum(-1)})[kind]
     torch.testing.assert_close(losses.divergence(teacher, student, kind), expected, atol=1e-4, rtol=1e-4)
     if kind == "forward":
         reference = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
@@ -79,6 +81,14 @@ def test_js_is_symmetric_bounded_and_zero_on_itself():
     assert (forth > 0).all() and (forth < math.log(2)).all()
     for kind in losses.DIVERGENCES:
         assert losses.divergence(teacher, teacher, kind).abs().max() < 1e-5
+
+
+def test_hidden_distance_is_a_share_of_the_teachers_square():
+    teacher, student = torch.randn(2, N, H, generator=seeded(0))
+    expected = F.mse_loss(student, teacher, reduction="none").mean(-1) / teacher.pow(2).mean(-1)
+    torch.testing.assert_close(losses.hidden_distance(teacher, student), expected)
+    assert losses.hidden_distance(teacher, teacher).max() == 0
+    assert torch.allclose(losses.hidden_distance(teacher, 0 * student), torch.ones(N))
 
 
 def test_unknown_divergence_names_the_known_ones():

@@ -50,7 +50,8 @@ def place(tmp_path_factory):
 def studied(place):
     """The study's folder."""
     study = script("study")
-    variations = {"plain": None, "longer": {"steps": 8, "exits": {"gate": "mlp"}}}
+    shared = {"exits": {"head": ["block", "mlp", "norm"], "head_kv": "shared"}}
+    variations = {"plain": None, "longer": {"steps": 8, "exits": {"gate": "mlp"}}, "shared": shared}
     config = study.StudyConfig(str(place / "base.yaml"), str(place / "prompts.json"), str(place / "out"), variations,
                                answer_tokens=6, ranks=[4, 32], entries=[8, 97])  # fmt: skip
     study.main(config)
@@ -105,10 +106,11 @@ def test_kept_states_are_refused_where_the_backbone_learns():
         TrainConfig(**settings, exits=ExitConfig([1], head="block", head_kv="shared"))
 
 
-def test_what_is_judged_is_what_a_survey_sees(place, studied):
+@pytest.mark.parametrize("name", ["plain", "shared"])
+def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
     """Scores and regrets of one teacher-forced pass against decoding with every exit probed."""
-    model = EarlyExitModel.from_pretrained(studied / "plain", dtype=torch.float32)
-    found, record = load_file(studied / "plain.safetensors"), json.loads((studied / "plain.json").read_text())
+    model = EarlyExitModel.from_pretrained(studied / name, dtype=torch.float32)
+    found, record = load_file(studied / f"{name}.safetensors"), json.loads((studied / f"{name}.json").read_text())
     asked = json.loads((place / "prompts.json").read_text())["certify"]
     survey = certify.survey(model, asked, 6)
     later = found["place"] > 0
@@ -117,18 +119,18 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied):
     assert np.allclose(found["regret"][later], survey.regret, atol=1e-3)
     priced = [model.costs.by_exit(context) for context in found["context"][later]]
     assert np.array_equal(priced, survey.costs)
-    for name in ("max_prob", "margin", "entropy", "similarity"):
-        gates = EarlyExitModel.from_pretrained(studied / "plain", dtype=torch.float32)
-        gates.exits.gates = torch.nn.ModuleList(type(gate)(gates.view, name) for gate in gates.exits.gates)
-        assert np.allclose(found[name][later], certify.survey(gates, asked, 6).scores, atol=1e-4), name
+    for score in ("max_prob", "margin", "entropy", "similarity"):
+        gates = EarlyExitModel.from_pretrained(studied / name, dtype=torch.float32)
+        gates.exits.gates = torch.nn.ModuleList(type(gate)(gates.view, score) for gate in gates.exits.gates)
+        assert np.allclose(found[score][later], certify.survey(gates, asked, 6).scores, atol=1e-4), score
     assert record["training"]["tokens"] == 5 * 4 * 8 and record["training"]["different_tokens"] <= 23 * 8
     assert {"command", "commit", "machine", "versions", "date"} <= set(record)
 
 
 def test_figures_follow_from_the_arrays(studied, tmp_path):
     recipes = script("recipes")
-    done = recipes.main(recipes.RecipesConfig(str(studied), str(tmp_path)))
-    assert {record["name"] for record in done} == {"plain", "longer"}
+    done = recipes.main(recipes.RecipesConfig(str(studied), str(tmp_path), "plain", ["plain", "longer"]))
+    assert {record["name"] for record in done} == {"plain", "longer", "shared"}
     for record in done:
         found = load_file(studied / f"{record['name']}.safetensors")
         found["harm"] = (found["regret"] > 0.25).astype(float)
@@ -161,6 +163,14 @@ def test_figures_follow_from_the_arrays(studied, tmp_path):
     text = (tmp_path / "summary.md").read_text()
     assert text.count("| plain |") == 2 and text.count("| longer |") == 2 and "fixed list" in text
     assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("frontier", "gates", "tokens"))
+    lines = {line["figure"]: line for line in json.loads((tmp_path / "scaling.json").read_text())}
+    assert set(lines) == {f"no harm at {d}" for d in EXITS["depths"]} | {
+        f"FLOPs {x}" for x in ("at harm 0.02", "under the oracle")
+    }
+    sets = json.loads((tmp_path / "spacing.json").read_text())["sets"]
+    assert [one["depths"] for one in sets] == [[4], [1, 4], [2, 4], [1, 2, 4]]
+    plain = next(record for record in done if record["name"] == "plain")["scores"]
+    assert sets[-1]["oracle"] == plain["oracle"]["relative_flops"] and sets[-1]["at"] == plain["gate"]["at"]
     table = json.loads((tmp_path / "screen.json").read_text())["table"]
     assert {row["holds"] for row in table if row["entries"] == 97} == {1.0} and len(table) == 6
     assert next(r for r in table if r["rank"] == 32 and r["entries"] == 8)["holds"] == 1.0  # the whole head
@@ -172,6 +182,21 @@ def test_auc_counts_pairs():
     pairs = [(a > b) + (a == b) / 2 for a in scores[true] for b in scores[~true]]
     assert recipes.auc(scores, true) == pytest.approx(np.mean(pairs))
     assert recipes.auc(scores, np.ones(50, bool)) is None
+
+
+def test_a_line_is_found_again():
+    """Records that lie on a line give its formula, and the tokens that it wants for the goal."""
+    recipes, done = script("recipes"), []
+    for tokens in (1000, 10_000, 100_000):
+        none = 0.2 + 0.1 * np.log10(tokens)
+        costs = {"at": {"0.02": {"relative_flops": 1 - 0.04 * np.log10(tokens)}}}
+        scores = {"gate": costs, "oracle": {"relative_flops": 0.7}}
+        done.append({"training": {"different_tokens": tokens}, "exits": [{"depth": 3}], "scores": scores,
+                     "about_exits": [{"no_harm": none}]})  # fmt: skip
+    right, cost, oracle = recipes.scaled(done)
+    assert (right["a"], right["b"]) == pytest.approx((0.2, 0.1)) and right["residual"] == pytest.approx(0, abs=1e-9)
+    assert cost["log10_tokens_for_goal"] == pytest.approx(6) and right["log10_tokens_for_goal"] is None
+    assert oracle["b"] == pytest.approx(0, abs=1e-9)
 
 
 def test_bad_studies_are_refused(place):
