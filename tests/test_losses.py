@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import VOCAB
 
-from adaptive import losses
+from adaptive import EarlyExitModel, ExitConfig, losses
+from adaptive.config import LossConfig
 
 torch.set_num_threads(1)
 N, H, V, K = 48, 16, 2000, 16
@@ -292,3 +294,20 @@ def test_rotational_visits_every_exit_in_turn():
         [False, False, True],
         [True, False, False],
     ]
+
+
+def test_hidden_distance_is_added_at_its_weight(llama):
+    ids = torch.randint(3, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    losses_at = [
+        EarlyExitModel(llama, ExitConfig(depths=[2], head="norm"), LossConfig(negatives=negatives, hidden=weight))(
+            **inputs
+        ).metrics["exit_2/loss"]
+        for negatives, weight in ((None, 0.0), (None, 2.0), (VOCAB, 2.0))
+    ]
+    with torch.no_grad():
+        states = llama(inputs["input_ids"], output_hidden_states=True).hidden_states
+        student, teacher = llama.model.norm(states[2])[:, :-1], states[-1][:, :-1]
+        distance = ((student - teacher).pow(2).sum(-1) / teacher.pow(2).sum(-1)).mean()
+    for loss in losses_at[1:]:
+        assert torch.allclose(loss - losses_at[0], 2 * distance, rtol=1e-4)

@@ -33,22 +33,6 @@ def test_loss_is_the_exact_divergence_computed_by_hand(llama):
         assert torch.allclose(loss, expected, rtol=1e-4)
 
 
-def test_hidden_distance_is_added_at_its_weight(llama):
-    inputs = batch()
-    losses_at = [
-        EarlyExitModel(llama, ExitConfig(depths=[2], head="norm"), LossConfig(negatives=negatives, hidden=weight))(
-            **inputs
-        ).metrics["exit_2/loss"]
-        for negatives, weight in ((None, 0.0), (None, 2.0), (VOCAB, 2.0))
-    ]
-    with torch.no_grad():
-        states = llama(inputs["input_ids"], output_hidden_states=True).hidden_states
-        student, teacher = llama.model.norm(states[2])[:, :-1], states[-1][:, :-1]
-        distance = ((student - teacher).pow(2).sum(-1) / teacher.pow(2).sum(-1)).mean()
-    for loss in losses_at[1:]:
-        assert torch.allclose(loss - losses_at[0], 2 * distance, rtol=1e-4)
-
-
 def test_metrics_say_what_the_exits_do(llama):
     model = EarlyExitModel(llama, ExitConfig(depths=[2], head="norm")).eval()
     inputs = batch()
