@@ -150,9 +150,8 @@ class TrainConfig(Checked):
         sequence_length: tokens per sequence
         batch_size: sequences per device and forward pass
         accumulate: forward passes per optimizer step
-        steps: optimizer steps
+        steps: optimizer steps of the exits; gates are fitted to them afterwards
         learning_rate: the largest of the schedule
-        gate_share: last share of the steps, in which only the gates move
         gradient_checkpointing: recompute activations in the backward pass, for less memory
         eval_every: optimizer steps from one evaluation to the next
         seed: of initial values, data order and sampling
@@ -172,7 +171,6 @@ class TrainConfig(Checked):
     accumulate: int = 1
     steps: int
     learning_rate: float = 1e-3
-    gate_share: float = 0.2
     gradient_checkpointing: bool = False
     eval_every: int = 50
     seed: int = 0
@@ -188,8 +186,6 @@ class TrainConfig(Checked):
             found.append(f"`learning_rate` is {self.learning_rate}; it must be above 0")
         if self.states and (self.mode != "frozen" or self.exits.head_kv == "shared"):
             found.append(f"`states` is {self.states!r}; leave it out, or set mode frozen and head_kv own")
-        if not 0 <= self.gate_share < 1:
-            found.append(f"`gate_share` is {self.gate_share}; it is a share of the steps: 0 or more and below 1")
         if (weights := self.loss.weights) is not None and len(weights) != len(self.exits.depths):
             found.append(f"`loss.weights` has {len(weights)} entries for {len(self.exits.depths)} exits; give one each")
         return found

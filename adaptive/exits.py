@@ -116,7 +116,7 @@ class Gate(nn.Module):
         self.kind = kind
         if kind in BASELINES:
             return
-        self.norm = copy.deepcopy(backbone.norm).float()
+        self.norm = copy.deepcopy(backbone.norm).float().requires_grad_(True)  # of a backbone that may be frozen
         hidden = backbone.hidden_size
         self.read = (
             nn.Linear(hidden, 1)

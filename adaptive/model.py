@@ -22,7 +22,7 @@ from adaptive.config import ExitConfig, LossConfig
 from adaptive.costs import Costs
 from adaptive.decoding import decode
 from adaptive.exits import Exits
-from adaptive.objective import joint_loss
+from adaptive.objective import gate_examples, joint_loss
 from adaptive.policy import ExitPolicy
 from adaptive.pretrained import resolve
 
@@ -37,11 +37,14 @@ class ExitOutput(ModelOutput):
         loss: joint loss (0-dim, nats per labelled position) if labels were given.
         logits: full-depth logits [batch, tokens, vocabulary] if no labels were given.
         metrics: per exit loss, agreement, gate error; detached 0-dim tensors by name.
+        examples: what gates learn from, if asked for: states [N, exits, hidden] at the N labelled positions, and whether
+            leaving there does no harm, bool [N, exits].
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
+    examples: tuple[Tensor, Tensor] | None = None
 
 
 class EarlyExitModel(nn.Module):
@@ -66,7 +69,7 @@ class EarlyExitModel(nn.Module):
         self.depths = tuple(exit_config.depths)
         self.policy = ExitPolicy.full(len(self.depths))
         self.certificate: Certificate | None = None
-        self.mode, self.step, self.seed, self.gates_only = "frozen", 0, 0, False
+        self.mode, self.step, self.seed = "frozen", 0, 0
         self.own_clock = True
         self._teacher: list = []
         self.train_mode("frozen")
@@ -204,9 +207,10 @@ class EarlyExitModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         states: Tensor | None = None,
         top: Tensor | None = None,
+        examples: bool = False,
         **kwargs,
     ) -> ExitOutput:
-        """Returns the joint loss and metrics if labels are given, else full-depth logits.
+        """Returns the joint loss and metrics (or examples for gates) if labels are given, else full-depth logits.
 
         Args:
             input_ids: [batch, tokens].
@@ -214,10 +218,13 @@ class EarlyExitModel(nn.Module):
             labels: [batch, tokens] as in transformers: shifted inside, -100 where nothing is wanted.
             num_items_in_batch: labelled tokens in the whole optimizer step, over which the loss is taken.
             states, top: of these rows, from `states.with_states`; the frozen backbone then does not run for the loss.
+            examples: return what gates learn from, not the loss.
             **kwargs: passed to the backbone when there are no labels.
         """
         if labels is None:
             return ExitOutput(logits=self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits)
+        if examples:
+            return ExitOutput(examples=gate_examples(self, input_ids, attention_mask, labels, states, top))
         loss, metrics = joint_loss(self, input_ids, attention_mask, labels, num_items_in_batch, states, top)
         if self.training and self.own_clock:
             self.step += 1  # another loop than train/exits.py: what is drawn at random must change all the same

@@ -3,7 +3,8 @@
 One pass over the backbone gives the states at all exits and at full depth. Exits never see the whole vocabulary at
 once: they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time.
 Gates read detached states, and their target follows the exit as it is now; while training, an exit that reads the whole
-vocabulary is taken to say its best candidate.
+vocabulary is taken to say its best candidate. Once exits stand still, `gates.fit_gates` trains gates anew on what
+`gate_examples` finds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from adaptive.fills import fit_fills
 from adaptive.kv import SharedKV, TrainingKV, replace_cache
 
 CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
-GATE_SHARE = 8  # while exits still move, gates learn from one column of tokens in this many
+GATE_SHARE = 8  # while exits move, gates learn from one column of tokens in this many
 PRIOR_PACE = 0.05  # of the running frequency of "no harm"
 SCREEN_STATES = 2048  # positions that a screen is fitted to; three times as many find it hardly better
 
@@ -146,16 +147,15 @@ def joint_loss(
     weights = _weights(model, config)
     metrics, loss = {}, final.new_zeros((), dtype=torch.float32)
     picked = _gate_positions(targets.keep, model)
-    scale = 1 if not model.training or model.gates_only else GATE_SHARE
+    scale = GATE_SHARE if model.training else 1
     pace = PRIOR_PACE * min(float(count / total), 1.0) if model.training else 0.0
     stay, expected = torch.ones(len(picked), device=final.device), torch.zeros(len(picked), device=final.device)
     for index, depth in enumerate(model.depths):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not model.gates_only):
-            normed = targets.pick(exit_features(view, exits, index, depth, states[index], calls, cache))
-            if not model.gates_only and (weights[index] or not model.training):
-                exit_loss = compare(normed).sum()
-                loss = loss + weights[index] * exit_loss / total
-                metrics[f"exit_{depth}/loss"] = exit_loss.detach() / count
+        normed = targets.pick(exit_features(view, exits, index, depth, states[index], calls, cache))
+        if weights[index] or not model.training:
+            exit_loss = compare(normed).sum()
+            loss = loss + weights[index] * exit_loss / total
+            metrics[f"exit_{depth}/loss"] = exit_loss.detach() / count
         with torch.no_grad():
             said = exits.said(view, index, normed[picked], CHUNK, ids if model.training else None)
         gate_loss, scores = _gate_loss(model, index, targets, states[index], said, picked, pace, metrics)
@@ -163,11 +163,41 @@ def joint_loss(
         expected, stay = expected + stay * scores * depth, stay * (1 - scores)
     if len(picked):
         metrics["expected_depth"] = (expected + stay * view.num_layers).mean()
-    if not frozen and not model.gates_only:
+    if not frozen:
         own = compare(targets.pick(final)).sum()
         metrics["final/kl"] = own.detach() / count
         loss = loss + config.final * own / total
     return loss, metrics
+
+
+@torch.no_grad()
+def gate_examples(
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    states: Tensor | None = None,
+    top: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns what gates read at the N labelled positions, states [N, exits, hidden], and whether leaving there does no
+    harm, bool [N, exits]. The arguments are those of `joint_loss`."""
+    view, exits = model.view, model.exits
+    cache = TrainingKV(view.num_layers) if exits.shares_kv else None
+    at_exits, final, calls = _backbone_pass(model, input_ids, attention_mask, cache, None, states)
+    teacher = final if model.mode == "frozen" else model.teacher_states(input_ids, attention_mask)
+    targets, no_harm = _targets(model.teacher_view, teacher, labels, 1, top), []
+    every = torch.arange(len(targets.normed), device=final.device)
+    for index, depth in enumerate(model.depths):
+        normed = targets.pick(exit_features(view, exits, index, depth, at_exits[index], calls, cache))
+        no_harm.append(_does_no_harm(model, targets, every, exits.said(view, index, normed, CHUNK)))
+    return torch.stack([targets.pick(state) for state in at_exits], 1), torch.stack(no_harm, 1)
+
+
+def _does_no_harm(model, targets: Targets, picked: Tensor, said: Tensor) -> Tensor:
+    """Returns for positions [n] whether the full model likes what was said there nearly as well as its own word."""
+    normed, view = targets.normed[picked], model.teacher_view
+    lost = view.logit_of(normed, targets.top[picked, 0]) - view.logit_of(normed, said)
+    return ~losses.harm(lost, model.loss_config.tolerance)
 
 
 def _backbone_pass(
@@ -251,9 +281,9 @@ def _dropped(layers: int, batch: int, p_max: float, generator: torch.Generator, 
 
 
 def _gate_positions(keep: Tensor, model) -> Tensor:
-    """Returns the labelled positions [n] that gates learn from: all of them once exits stand still, before that every
-    `GATE_SHARE`th column, another one in each step; so micro-batches see what the whole batch would."""
-    if not model.training or model.gates_only:
+    """Returns the labelled positions [n] that gates learn from: in training every `GATE_SHARE`th column, another one in
+    each step; so micro-batches see what the whole batch would."""
+    if not model.training:
         return torch.arange(int(keep.sum()), device=keep.device)
     columns = (torch.arange(keep.shape[1], device=keep.device) + model.step) % GATE_SHARE == 0
     return (keep & columns)[keep].nonzero()[:, 0]
@@ -276,9 +306,7 @@ def _gate_loss(
     if not len(state):
         return none.sum(), none
     with torch.no_grad():
-        best = model.teacher_view.logit_of(targets.normed[picked], targets.top[picked, 0])
-        lost = best - model.teacher_view.logit_of(targets.normed[picked], said)
-        no_harm = ~losses.harm(lost, model.loss_config.tolerance)
+        no_harm = _does_no_harm(model, targets, picked, said)
         metrics[f"exit_{depth}/agreement"] = (said == targets.top[picked, 0]).float().mean()
         metrics[f"exit_{depth}/no_harm"] = no_harm.float().mean()
     if not gate.learned:

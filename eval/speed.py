@@ -184,8 +184,7 @@ def time_training(config: SpeedConfig, model: EarlyExitModel) -> dict:
         with torch.no_grad():
             model.backbone(input_ids=ids, use_cache=False).logits[0, -1, 0].item()
 
-    def step(gates_only: bool) -> None:
-        learner.gates_only = gates_only
+    def step() -> None:
         # As in training, where autocast bridges a backbone of low precision and exits of full precision.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             learned = learner(input_ids=ids, labels=ids).loss
@@ -195,7 +194,7 @@ def time_training(config: SpeedConfig, model: EarlyExitModel) -> dict:
         learner.step += 1
         learned.item()  # an accelerator is waited for, here and above
 
-    runs = {"forward": forward, "step": partial(step, False), "gates_only_step": partial(step, True)}
+    runs = {"forward": forward, "step": step}
     logits, memory = ids.numel() * model.view.vocab_size, {}
     for name, run in runs.items():
         run()  # the optimizer makes its state, which stays

@@ -150,9 +150,8 @@ def spent(plan: dict) -> dict:
     """Returns what training took: labelled tokens that exits learned from, and different ones of them."""
     config = build(TrainConfig, plan, [])
     rows = split_rows(load_rows(config.data, config.model, config.sequence_length), config.seed)[0]
-    steps, per_step = round(config.steps * (1 - config.gate_share)), config.batch_size * config.accumulate
-    count = len(rows["labels"])
-    seen = torch.cat([rows_of_step(step, count, per_step, config.seed) for step in range(max(steps, 1))])
+    per_step, count = config.batch_size * config.accumulate, len(rows["labels"])
+    seen = torch.cat([rows_of_step(step, count, per_step, config.seed) for step in range(config.steps)])
     different = num_labelled(take(rows, seen.unique()))
     tokens = sum(num_labelled(take(rows, part)) for part in seen.split(per_step))
     return {"tokens": tokens, "different_tokens": different, "kept_states": config.states is not None}

@@ -85,7 +85,7 @@ def test_flag_words_are_read_as_the_field_asks(words, name, value):
 def test_everything_wrong_is_named_at_once(yaml_file):
     path = yaml_file("stepps: 3\nseed: yes\nexits: {depths: [3, x], heads: mlp}\nloss: {top_k: 0, layer_dropout: 2}\n")
     message = refused(
-        load_config, TrainConfig, ["--config", path, "--learning-rate", "1", "--gate_share", "much", "--output", "run"]
+        load_config, TrainConfig, ["--config", path, "--learning-rate", "1", "--batch_size", "much", "--output", "run"]
     )
     for part in [
         "`--learning-rate` is no flag; did you mean `--learning_rate`?",
@@ -97,7 +97,7 @@ def test_everything_wrong_is_named_at_once(yaml_file):
         "`data` is missing",
         "`steps` is missing",
         "`seed` is True; allowed: int",
-        "`gate_share` is 'much'; allowed: float",
+        "`batch_size` is 'much'; allowed: int",
     ]:
         assert part in message
     assert "10 problem(s)" in message
@@ -185,7 +185,7 @@ def test_loss_weights_are_counted_against_the_exits():
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("steps", "0"), ("learning_rate", "0"), ("learning_rate", "nan"), ("gate_share", "1"), ("seed", "-1")],
+    [("steps", "0"), ("learning_rate", "0"), ("learning_rate", "nan"), ("batch_size", "0"), ("seed", "-1")],
 )
 def test_numbers_out_of_range_are_refused(flag, value):
     assert f"`{flag}` is" in refused(load_config, TrainConfig, [*NEEDED, f"--{flag}", value])

@@ -22,7 +22,7 @@ ROWS = [
     + ["fills", "exits", "objective", *GRAPHS],
     ["lanes", "members", "record", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "states", "measure", "outcomes", "certify"]
+    ["rows", "states", "gates", "measure", "outcomes", "certify"]
     + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness", "plain", "parts", "folder", "export"],
 ]

@@ -85,17 +85,16 @@ def test_where_the_figures_come_from_is_said(told):
 
 def test_training_is_timed_against_a_forward_pass(told):
     train = told["train"]
-    assert len(train["exits"]["depths"]) == 3 and set(train["ratio"]) == {"step", "gates_only_step"}
+    assert len(train["exits"]["depths"]) == 3 and set(train["ratio"]) == {"step"}
     for spread in (*train["ratio"].values(), *train["seconds"].values()):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"] < math.inf
     memory = train["memory"]
     assert memory["logits_of_one_exit"] == train["rows"] * train["tokens"] * VOCAB
     # The forward pass makes exactly those logits, so that the meter is seen to measure.
     assert memory["forward"]["largest_tensor"] == memory["logits_of_one_exit"]
-    for name in ("step", "gates_only_step"):
-        assert memory[name]["below_logits_of_one_exit"] is True
-        assert 0 < memory[name]["largest_tensor"] < memory["logits_of_one_exit"]
-        assert memory[name]["peak_bytes"] >= 4 * memory[name]["largest_tensor"]
+    assert memory["step"]["below_logits_of_one_exit"] is True
+    assert 0 < memory["step"]["largest_tensor"] < memory["logits_of_one_exit"]
+    assert memory["step"]["peak_bytes"] >= 4 * memory["step"]["largest_tensor"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -5,7 +5,8 @@
     accelerate launch --multi_gpu --num_processes 2 train/exits.py --config configs/demo.yaml --resume   # CPUs, too
 
 `--resume` goes on where an interrupted run left off (or starts, if there is none) and ends in the same result. The
-output folder gets the model at the end, the one with the lowest held-out loss (best/), and what `adaptive.runs` lists.
+output folder gets the model at the end, its gates fitted to what the exits have become, the model as it was when the
+held-out loss was lowest (best/), and what `adaptive.runs` lists.
 Everything random in a step is a function of (seed, step), so a checkpoint needs no generators and no sampler.
 Not covered: `--resume` under FSDP or DeepSpeed, where the optimizer state is in pieces, and fp16's loss scale.
 """
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 from adaptive.data import digest
 from adaptive.fills import fit_fills
+from adaptive.gates import collect, figures, fit_gates
 from adaptive.model import EarlyExitModel
 from adaptive.objective import fit_exits
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
@@ -55,7 +57,6 @@ class Run:
 
     Attributes:
         prepared, plain: the model with and without accelerate's wrapping.
-        settled: the step from which only gates move.
         progress: what a checkpoint records beside tensors.
     """
 
@@ -66,7 +67,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     rows: Rows
     held_out: Rows
-    settled: int
     progress: dict
 
     @property
@@ -142,13 +142,12 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
         known = f"0 to {model.view.vocab_size - 1}; made with another tokenizer? Make the rows again"
         raise ValueError(f"`data` has token {largest}; `model` {config.model} knows {known}")
     fit_exits(model, rows)
-    rate, gates = config.learning_rate, model.gate_parameters()
+    rate = config.learning_rate
     groups = [
         {"role": "exits", "peak": rate, "params": model.exit_parameters()},
         {"role": "backbone", "peak": rate * BACKBONE_PACE[config.mode], "params": model.backbone_parameters()},
-        {"role": "gates", "peak": rate * GATE_PACE, "params": gates},
+        {"role": "gates", "peak": rate * GATE_PACE, "params": model.gate_parameters()},
     ]
-    settled = round(config.steps * (1 - config.gate_share)) if gates else config.steps  # baseline scores do not learn
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
@@ -160,7 +159,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     if config.states and accelerator.distributed_type not in SHARDED:  # a backbone in pieces runs in every step
         with accelerator.main_process_first():
             rows, held_out = (with_states(plain, part, Path(config.states)) for part in (rows, held_out))
-    return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, settled, progress)
+    return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, progress)
 
 
 def build_model(config: TrainConfig, device: torch.device, mixed_precision: str) -> EarlyExitModel:
@@ -186,10 +185,10 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """Takes one optimizer step, if loss and gradient are finite; returns the mean metrics over all its sequences."""
     config, accelerator, model = run.config, run.accelerator, run.prepared
     model.train()
-    run.plain.step, run.plain.gates_only = step, step >= run.settled
+    run.plain.step = step
     torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * pace_at(step, group["role"], run.settled, config.steps)
+        group["lr"] = group["peak"] * pace_at(step, config.steps)
     indices = rows_of_step(step, len(run.rows["input_ids"]), run.progress["rows_per_step"], config.seed)
     labelled = num_labelled(take(run.rows, indices))
     parts = []
@@ -224,16 +223,9 @@ def stop_unless_finite(run: Run, step: int, name: str, value: float) -> None:
         )
 
 
-def pace_at(step: int, role: str, settled: int, steps: int) -> float:
-    """Share of its peak learning rate at which a parameter group moves in a step.
-
-    Exits and backbone: linear warm-up, then cosine to 0 at `settled`. Gates, whose target moves until then: after it.
-    """
-    if role == "gates":
-        return 1.0 if step < settled else 0.5 * (1 + math.cos(math.pi * (step - settled) / (steps - settled)))
-    if step >= settled:
-        return 0.0
-    return min(1.0, (step + 1) / max(WARM_UP * steps, 1)) * 0.5 * (1 + math.cos(math.pi * step / settled))
+def pace_at(step: int, steps: int) -> float:
+    """Share of the peak learning rate in a step: linear warm-up, then cosine to 0."""
+    return min(1.0, (step + 1) / max(WARM_UP * steps, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def mean_over_processes(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
@@ -252,7 +244,7 @@ def mean_over_processes(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str,
 def evaluate(run: Run) -> dict[str, float]:
     """Mean metrics on the held-out rows; every process works through all of them."""
     run.prepared.eval()
-    run.plain.step, run.plain.gates_only = 0, False  # the same draw of the vocabulary each time: losses compare
+    run.plain.step = 0  # the same draw of the vocabulary each time: losses compare
     parts = []
     for indices in held_out_batches(run, run.config.batch_size):
         batch = to_batch(take(run.held_out, indices), run.accelerator.device)
@@ -293,22 +285,27 @@ def checkpoint(run: Run, step: int) -> None:
 
 
 def finish(run: Run) -> dict:
-    """Saves the model and the summary, says what came out, and returns the summary."""
+    """Fits the gates, saves model and summary, says what came out, and returns the summary."""
     summary = {"config": record_of(run.config), **run.progress}
     if run.config.mode != "frozen":
         summary["perplexity_after"] = full_depth_perplexity(run)
         told = "full depth on held-out rows: perplexity {perplexity_before:.3f} before, {perplexity_after:.3f} after"
         run.accelerator.print(told.format(**summary))
-    save_model(run, run.folder)
+    where, seed = run.accelerator.device, run.config.seed
+    examples, held_out = (collect(run.judged, part, where, seed) for part in (run.rows, run.held_out))
+    model = save_model(run, run.folder, examples)
     if run.accelerator.is_main_process:
+        summary["gates"] = figures(model.exits.gates, *held_out, model.depths)
+        run.accelerator.log({f"gates/{name}": value for name, value in summary["gates"].items() if value is not None})
         write_json(run.folder / "summary.json", summary)
         print(json.dumps(summary))
     run.accelerator.end_training()
     return summary
 
 
-def save_model(run: Run, folder: Path) -> None:
-    """Writes the model for `EarlyExitModel.from_pretrained`, put together again where it lies in pieces."""
+def save_model(run: Run, folder: Path, examples: tuple[Tensor, Tensor] | None = None) -> EarlyExitModel:
+    """Writes the model for `EarlyExitModel.from_pretrained`, put together again where it lies in pieces, after fitting
+    its gates to examples if there are any; returns what the main process wrote."""
     model = run.plain
     if run.sharded:
         tensors = run.accelerator.get_state_dict(run.prepared)
@@ -318,8 +315,11 @@ def save_model(run: Run, folder: Path) -> None:
     if run.accelerator.is_main_process:
         if run.config.mode != "frozen":  # what skipped blocks would have made has moved
             fit_fills(model, run.rows)
+        if examples is not None:
+            fit_gates(model.exits.gates, *examples, run.config.seed)
         model.save_pretrained(folder)
     run.accelerator.wait_for_everyone()
+    return model
 
 
 def record_of(config: TrainConfig) -> dict:
