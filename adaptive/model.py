@@ -37,8 +37,8 @@ class ExitOutput(ModelOutput):
         loss: joint loss (0-dim, nats per labelled position) if labels were given.
         logits: full-depth logits [batch, tokens, vocabulary] if no labels were given.
         metrics: per exit loss, agreement, gate error; detached 0-dim tensors by name.
-        examples: what gates learn from, if asked for: states [N, exits, hidden] at the N labelled positions, and whether
-            leaving there does no harm, bool [N, exits].
+        examples: what gates learn from, if asked for: states [N, exits, hidden] at the N labelled positions, and bool
+            [N, exits], whether leaving there does no harm.
     """
 
     loss: Tensor | None = None

@@ -119,7 +119,7 @@ def test_the_studies_of_both_families_vary_the_same(family):
         for nested in ("exits", "loss"):
             plan[nested] = {**base[nested], **change.get(nested, {})}
         plans[name] = build(TrainConfig, plan, [])
-        plans[name].exits.validate(10, 4096)
+        plans[name].exits.validate(10, 2048)
         assert plans[name].model == f"runs/{family}/model" and plans[name].states == f"runs/{family}/states"
         assert plans[name].data[0].startswith(f"runs/{family}/")
     others = yaml.safe_load((ROOT / "configs" / "study_llama.yaml").read_text())["variations"]
