@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.backbone import Backbone
+from adaptive.turned import turned
 
 SHRINKAGE = 0.05  # of the states' covariance towards a multiple of the identity: a few thousand states decide it
 
@@ -80,8 +81,10 @@ class Screen(nn.Module):
         preview = self._preview(normed)
         return (preview > preview.gather(1, words[:, None])).sum(1) < entries
 
+    @turned
     def _preview(self, normed: Tensor) -> Tensor:
-        return torch.addmm(self.bias, normed.float() @ self.down.T, self.up.T)
+        low = nn.functional.linear(normed.float(), self.down)
+        return nn.functional.linear(low, self.up, self.bias)
 
     @property
     def weights(self) -> int:

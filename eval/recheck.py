@@ -1,4 +1,5 @@
-"""Check a certificate again, on prompts that nobody has seen: harm in free generation against the certified bound.
+"""Check a certificate again, on prompts that nobody has seen, of the same kind or another: harm in free generation
+against the certified bound, and what the answers are like beside those of the full depth.
 
     python train/text.py --output runs/new --seed 1 --train 1 --select 1 --certify 1 --report 200
     python eval/recheck.py --run runs/demo --prompts runs/new/prompts.json --output results/recheck.json
@@ -44,13 +45,16 @@ if __name__ == "__main__":
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from adaptive import certify
+from adaptive.calibration import rouge_l
 from adaptive.model import EarlyExitModel
 from adaptive.outcomes import observe
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import encode
+from adaptive.provenance import provenance
 from adaptive.runs import write_json
 
 
@@ -68,12 +72,11 @@ def main(config: RecheckConfig) -> dict:
     known = {str(prompt) for part in seen.values() for prompt in part}
     prompts = [p for p in json.loads(Path(config.prompts).read_text())["report"] if str(p) not in known]
     ids = encode(prompts, certify.load_tokenizer(model))
-    policy = ExitPolicy(tuple(certificate.thresholds))
-    outcome = observe(model, ids, policy, certificate.max_new_tokens, config.batch_size)
+    policies = ExitPolicy.full(model.num_exits), ExitPolicy(tuple(certificate.thresholds))
+    full, outcome = (observe(model, ids, policy, certificate.max_new_tokens, config.batch_size) for policy in policies)
     harms = certify.loss_per_prompt(certificate.harm, certificate.tolerance or 0.0, outcome, None)
     price = model.costs.price(outcome.trace)
     document = {
-        "command": " ".join(sys.argv),
         "run": config.run,
         "prompts": len(ids),
         "harm": float(harms.mean()),
@@ -83,7 +86,9 @@ def main(config: RecheckConfig) -> dict:
         "mean_depth": outcome.trace.mean_depth,
         "relative_flops": price.relative_flops,
         "saved": price.saved,
-        "threads": torch.get_num_threads(),
+        "rouge_l": float(np.mean([rouge_l(*pair) for pair in zip(outcome.answers, full.answers, strict=True)])),
+        "relative_perplexity": float(np.exp(np.nanmean(outcome.nll) - np.nanmean(full.nll))),
+        **provenance(),
     }
     held = document["harm"] <= certificate.certified
     print(f"harm {document['harm']:.4f} ± {document['standard_error']:.4f} on {len(ids)} new prompts, certified "

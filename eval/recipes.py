@@ -1,6 +1,5 @@
 """Tables and pictures of a study: what recipes save at equal harm, how far their gates are from an oracle.
 
-    python eval/recipes.py --study runs/study --output results/recipes
     python eval/recipes.py --study runs/study --output results/recipes --scaling quarter,half,all
 
 Thresholds are chosen on half of the prompts and measured on the other half, then the other way round; which exits to
@@ -8,7 +7,7 @@ close is part of the choice. Every score pays what it costs: a training-free one
 exit's head before they know whether to leave. Figures at equal harm are interpolated between measured points. The
 oracle leaves at the earliest exit that does no harm. In the output folder:
 
-    NAME.json              every figure of a variation
+    NAME.json              every figure of a variation; not worked out again while the study's file is the same
     screen.json            copied from the study
     scaling.json           lines fitted to the variations named by `scaling`
     spacing.json           some of the exits of one variation without the others
@@ -80,7 +79,11 @@ def main(config: RecipesConfig) -> list[dict]:
     if not paths:
         raise ValueError(f"`study` is {study}, which holds no judged variation; run eval/study.py first")
     for path in tqdm(paths, desc="variations", unit="run"):
-        record, found = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+        record, earlier = (json.loads(p.read_text()) if p.exists() else {} for p in (path, folder / path.name))
+        if record.items() <= earlier.items() and {"oracle", *SCORES, "shared"} <= set(earlier["scores"]):
+            done.append(earlier)
+            continue
+        found = load_file(path.with_suffix(".safetensors"))
         found["harm"] = (found["regret"] > record["tolerance"]).astype(float)
         record |= {"tokens": len(found["row"]), "prompts": len(np.unique(found["row"]))}
         record |= {"about_exits": about_exits(record, found), "scores": compared(record, found)}
@@ -117,8 +120,7 @@ def about_exits(record: dict, found: dict) -> list[dict]:
 def compared(record: dict, found: dict, names: tuple = (*SCORES, "shared")) -> dict:
     """Returns measured points and figures at equal harm for each score and one shared threshold, and the oracle's."""
     found = found | {"shared": found["gate"], "oracle": 1.0 - found["harm"]}
-    everything = np.ones(len(found["row"]), bool)
-    out = {"oracle": measured(record, found, "oracle", (0.5,) * len(record["exits"]), everything)}
+    out = {"oracle": measured(record, found, "oracle", (0.5,) * len(record["exits"]), np.ones(len(found["row"]), bool))}
     for name in names:
         pairs: dict[float, list] = {target: [] for target in TARGETS}
         for chosen in (found["row"] % 2 == 0, found["row"] % 2 == 1):
@@ -234,8 +236,7 @@ def measured(record: dict, found: dict, name: str, thresholds: tuple, on: np.nda
     )
     price = costs.price(trace)
     harm = np.take_along_axis(np.pad(found["harm"][on], ((0, 0), (0, 1))), taken[:, None], 1)[:, 0]
-    by_prompt = np.bincount(rows, harm) / np.bincount(rows)
-    about = {"harm": float(by_prompt.mean()), "mean_depth": trace.mean_depth}
+    about = {"harm": float((np.bincount(rows, harm) / np.bincount(rows)).mean()), "mean_depth": trace.mean_depth}
     return about | {"relative_flops": price.relative_flops, **price.saved}
 
 
@@ -244,8 +245,8 @@ def at_harm(line: list[dict], harm: float) -> dict:
     line = sorted(line, key=lambda point: point["harm"])
     harms = [0.0, *(point["harm"] for point in line)]
     none = {"relative_flops": 1.0}
-    values = {key: [none.get(key, 0.0), *(point[key] for point in line)] for key in PARTS}
-    return {key: float(np.interp(harm, harms, values[key])) for key in PARTS}
+    values = ([none.get(key, 0.0), *(point[key] for point in line)] for key in PARTS)
+    return {key: float(np.interp(harm, harms, value)) for key, value in zip(PARTS, values, strict=True)}
 
 
 def summary(done: list[dict]) -> str:
@@ -297,8 +298,7 @@ def more(screen: dict | None, lines: list[dict], spaced: dict) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """Returns a table; the first row is its head."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def axes_of(title: str, across: str, up: str):
