@@ -17,13 +17,11 @@ from torch import Tensor
 from adaptive import losses
 from adaptive.backbone import Backbone
 from adaptive.exits import Exits
-from adaptive.fills import fit_fills
 from adaptive.kv import SharedKV, TrainingKV, replace_cache
 
 CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
 GATE_SHARE = 8  # while exits move, gates learn from one column of tokens in this many
 PRIOR_PACE = 0.05  # of the running frequency of "no harm"
-SCREEN_STATES = 2048  # positions that a screen is fitted to; three times as many find it hardly better
 
 
 @dataclass
@@ -73,32 +71,6 @@ def tops(view: Backbone, normed: Tensor, k: int) -> Tensor:
     """Returns the full model's best k vocabulary entries [N, k] for normed states [N, hidden], best first."""
     chunks = [view.logits(chunk).topk(min(k, view.vocab_size)).indices for chunk in normed.split(CHUNK)]
     return torch.cat(chunks)
-
-
-@torch.no_grad()
-def fit_exits(model, rows: dict[str, Tensor]) -> None:
-    """Sets what needs no steps, from training rows: K/V of skipped blocks (`fills`), and what exits with a shortlist
-    may say: fixed lists by how often an entry is wanted, a screen from the full model's states on the first rows.
-
-    Args:
-        model: the `EarlyExitModel`.
-        rows: `input_ids`, `attention_mask`, `labels` [rows, tokens].
-    """
-    view, exits, labels = model.view, model.exits, rows["labels"]
-    if model.mode == "frozen":  # a backbone that learns moves; what it will make is fitted to when it is saved
-        fit_fills(model, rows)
-    exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
-    if exits.screen is None:
-        return
-    states, found = [], 0
-    for row in range(len(labels)):
-        mask = rows["attention_mask"][row : row + 1].to(view.device)
-        final = full_states(view, rows["input_ids"][row : row + 1].to(view.device), mask, ())[1]
-        states.append(final[0, :-1][(labels[row, 1:] != -100).to(view.device)])
-        found += len(states[-1])
-        if found >= SCREEN_STATES:
-            break
-    exits.screen.fit(view, torch.cat(states))
 
 
 def exit_features(

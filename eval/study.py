@@ -83,7 +83,7 @@ from adaptive.data import digest
 from adaptive.exits import BASELINES, Gate, best
 from adaptive.kv import TrainingKV
 from adaptive.model import EarlyExitModel
-from adaptive.objective import SCREEN_STATES, exit_features, full_states
+from adaptive.objective import exit_features, full_states
 from adaptive.outcomes import answer
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import encode, is_ids
@@ -91,6 +91,7 @@ from adaptive.provenance import provenance
 from adaptive.rows import load_rows, num_labelled, rows_of_step, split_rows, take
 from adaptive.runs import put, write_json
 from adaptive.screen import Screen
+from adaptive.starts import SCREEN_STATES
 from adaptive.states import with_states
 
 ROOT = Path(__file__).parents[1]

@@ -39,9 +39,9 @@ from adaptive.data import digest
 from adaptive.fills import fit_fills
 from adaptive.gates import collect, figures, fit_gates
 from adaptive.model import EarlyExitModel
-from adaptive.objective import fit_exits
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
 from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_json
+from adaptive.starts import fit_exits
 from adaptive.states import with_states
 
 WARM_UP, MAX_GRADIENT_NORM = 0.02, 1.0  # a share of the steps; of exits and backbone
@@ -141,6 +141,10 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     if largest >= model.view.vocab_size:
         known = f"0 to {model.view.vocab_size - 1}; made with another tokenizer? Make the rows again"
         raise ValueError(f"`data` has token {largest}; `model` {config.model} knows {known}")
+    data_sha256 = digest(rows)
+    if config.states and accelerator.distributed_type not in SHARDED:  # a backbone in pieces runs in every step
+        with accelerator.main_process_first():
+            rows, held_out = (with_states(model, part, Path(config.states)) for part in (rows, held_out))
     fit_exits(model, rows)
     rate = config.learning_rate
     groups = [
@@ -155,10 +159,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     plain = accelerator.unwrap_model(prepared)
     plain.seed, plain.own_clock = config.seed, False
     batch = config.batch_size * config.accumulate * accelerator.num_processes
-    progress = {"step": 0, "best": None, "rows_per_step": batch, "data_sha256": digest(rows)}
-    if config.states and accelerator.distributed_type not in SHARDED:  # a backbone in pieces runs in every step
-        with accelerator.main_process_first():
-            rows, held_out = (with_states(plain, part, Path(config.states)) for part in (rows, held_out))
+    progress = {"step": 0, "best": None, "rows_per_step": batch, "data_sha256": data_sha256}
     return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, progress)
 
 
