@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adaptive.checked import load_config
+from adaptive.checked import build, load_config
 from adaptive.config import ExitConfig, LossConfig, TrainConfig
 
 NEEDED = ["--data", "a.txt", "--output", "run", "--steps", "10", "--exits.depths", "12,18,24"]
@@ -229,3 +229,10 @@ def test_accelerate_reads_its_configs():
         loaded = load_config_from_file(str(path))
         assert loaded.mixed_precision == yaml.safe_load(path.read_text())["mixed_precision"]
         assert path.read_text().startswith(f"# accelerate launch --config_file configs/accelerate/{path.name} train/")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_configurations_that_are_shipped_are_sound(path):
+    values = yaml.safe_load(path.read_text())
+    if "exits" in values:  # the others are tested where their scripts are
+        build(TrainConfig, values, [])
