@@ -158,7 +158,7 @@ def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
         oracle = record["scores"]["oracle"]
         assert oracle["harm"] == 0 and oracle == recipes.measured(record, found, "oracle", (0.5,) * 3, everything)
         for name in recipes.SCORES:
-            assert record["scores"][name]["at"]["0.05"]["relative_flops"] <= 1.02
+            assert record["scores"][name]["at"]["0.05"]["relative_flops"] <= 1.05
         # A score that reads logits pays for the heads that it asks in vain.
         same = found | {"max_prob": found["gate"], "similarity": found["gate"]}
         middle = tuple(np.median(found["gate"], 0))

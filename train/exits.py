@@ -292,12 +292,11 @@ def finish(run: Run) -> dict:
         summary["perplexity_after"] = full_depth_perplexity(run)
         told = "full depth on held-out rows: perplexity {perplexity_before:.3f} before, {perplexity_after:.3f} after"
         run.accelerator.print(told.format(**summary))
-    where, seed = run.accelerator.device, run.config.seed
-    examples, held_out = (collect(run.judged, part, where, seed) for part in (run.rows, run.held_out))
+    common = run.accelerator.device, run.config.seed
+    examples, held_out = (collect(run.judged, part, *common) for part in (run.rows, run.held_out))
     model = save_model(run, run.folder, examples)
     if run.accelerator.is_main_process:
         summary["gates"] = figures(model.exits.gates, *held_out, model.depths)
-        run.accelerator.log({f"gates/{name}": value for name, value in summary["gates"].items() if value is not None})
         write_json(run.folder / "summary.json", summary)
         print(json.dumps(summary))
     run.accelerator.end_training()
