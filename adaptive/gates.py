@@ -16,10 +16,13 @@ from adaptive.ranking import auc
 from adaptive.rows import Rows, take, to_batch
 
 MAX_TOKENS = 16384  # that gates are trained on; half of them cost 0.004 of FLOPs at 2 % harm
+ROWS = 4  # in one pass
 PASSES, BATCH, RATE, DECAY = 6, 256, 3e-3, 0.05  # over these tokens; tokens per step; AdamW's
 
 
-def collect(model: nn.Module, rows: Rows, device: torch.device, seed: int, max_tokens: int = MAX_TOKENS):
+def collect(
+    model: nn.Module, rows: Rows, device: torch.device, seed: int, max_tokens: int = MAX_TOKENS
+) -> tuple[Tensor, Tensor]:
     """Returns examples for gates from training rows: states [tokens, exits, hidden], and bool [tokens, exits], whether
     leaving there does no harm.
 
@@ -33,7 +36,7 @@ def collect(model: nn.Module, rows: Rows, device: torch.device, seed: int, max_t
     model.eval()
     order = torch.randperm(len(rows["labels"]), generator=torch.Generator().manual_seed(seed))
     found, count = [], 0
-    bar = tqdm(order.split(4), desc="what gates learn from", unit="batch", leave=False)
+    bar = tqdm(order.split(ROWS), desc="what gates learn from", unit="batch", leave=False)
     for indices in bar:
         with torch.no_grad():
             found.append(model(**to_batch(take(rows, indices), device), examples=True).examples)

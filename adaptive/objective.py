@@ -3,7 +3,7 @@
 One pass over the backbone gives the states at all exits and at full depth. Exits never see the whole vocabulary at
 once: they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time.
 Gates read detached states, and their target follows the exit as it is now; while training, an exit that reads the whole
-vocabulary is taken to say its best candidate. Once exits stand still, `gates.fit_gates` trains gates anew on what
+vocabulary is taken to say its best candidate. Once exits stand still, `gates.fit_gates` trains gates further on what
 `gate_examples` finds.
 """
 

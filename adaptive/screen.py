@@ -46,8 +46,7 @@ class Screen(nn.Module):
     def fit(self, backbone: Backbone, states: Tensor) -> None:
         """Sets the preview to the rank-r matrix M that minimises the mean of |W x - M x - c|^2 over the states.
 
-        With covariance C of the states, M = W C^1/2 V V' C^-1/2, V the leading eigenvectors of C^1/2 W'W C^1/2
-        (Eckart and Young 1936, in the metric of C); c moves the states' mean to where W has it.
+        `low_rank` in the metric of the states' covariance; c moves the states' mean to where W has it.
 
         Args:
             backbone: has the LM head W.
@@ -61,12 +60,8 @@ class Screen(nn.Module):
         cov = (1 - SHRINKAGE) * cov + SHRINKAGE * cov.diagonal().mean().clamp_min(1e-12) * torch.eye(
             len(cov), device=cov.device, dtype=cov.dtype
         )
-        values, vectors = torch.linalg.eigh(cov)
-        root = vectors * values.sqrt() @ vectors.T
-        gram = (weight.float().T @ weight.float()).double()
-        leading = torch.linalg.eigh(root @ gram @ root).eigenvectors[:, -len(self.down) :]
-        down = leading.T @ (vectors * values.rsqrt() @ vectors.T)
-        self.up.copy_(weight.float() @ (root @ leading).float())
+        out, down = low_rank((weight.float().T @ weight.float()).double(), cov, len(self.down))
+        self.up.copy_(weight.float() @ out.float())
         self.down.copy_(down.float())
         self.bias.copy_(weight.float() @ mean.float() - self.up @ (down @ mean).float())
         if bias is not None:
@@ -90,6 +85,24 @@ class Screen(nn.Module):
     def weights(self) -> int:
         """Weights multiplied per token."""
         return self.down.numel() + self.up.numel()
+
+
+def low_rank(gram: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns A [hidden, rank] and B [rank, hidden] such that W A B is the best rank-r stand-in for W on states x: it
+    minimises the mean of |W x - W A B x|^2.
+
+    With second moment C of the states, A = C^1/2 V and B = V' C^-1/2, V the leading eigenvectors of C^1/2 W'W C^1/2
+    (Eckart and Young 1936, in the metric of C).
+
+    Args:
+        gram: W'W [hidden, hidden].
+        moment: C [hidden, hidden], without a zero eigenvalue.
+        rank: at most hidden.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    root, inverse = (vectors * power @ vectors.T for power in (values.sqrt(), values.rsqrt()))
+    leading = torch.linalg.eigh(root @ gram @ root).eigenvectors[:, -rank:]
+    return root @ leading, leading.T @ inverse
 
 
 def exact_logits(backbone: Backbone, normed: Tensor, ids: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ from tqdm import tqdm
 from adaptive import losses
 from adaptive.certify import load_tokenizer
 from adaptive.checked import build
+from adaptive.closed_form import SCREEN_STATES
 from adaptive.config import ExitConfig, TrainConfig
 from adaptive.data import digest
 from adaptive.exits import BASELINES, Gate, best
@@ -91,7 +92,6 @@ from adaptive.provenance import provenance
 from adaptive.rows import load_rows, num_labelled, rows_of_step, split_rows, take
 from adaptive.runs import put, write_json
 from adaptive.screen import Screen
-from adaptive.starts import SCREEN_STATES
 from adaptive.states import with_states
 
 ROOT = Path(__file__).parents[1]

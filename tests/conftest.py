@@ -1,6 +1,9 @@
 """Tiny random-init models of every family, and the real default model, for all tests."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # 2 threads on busy cores can be many times slower than 1
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +15,7 @@ import transformers
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
 VOCAB, LAYERS = 97, 4
 _COMMON = dict(
     vocab_size=VOCAB,
@@ -91,3 +95,12 @@ def prompts(batch: int, seed: int = 0, longest: int = 9) -> dict:
 def llama():
     """A tiny Llama."""
     return tiny("llama")
+
+
+def script(name: str):
+    """A script, such as "train/exits", as a module."""
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

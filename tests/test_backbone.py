@@ -1,12 +1,12 @@
 """Small backbones from scratch: `train/backbone.py` learns, goes on where it stopped, and the study's files fit it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import yaml
@@ -23,11 +23,7 @@ SCRIPT = ROOT / "train" / "backbone.py"
 @pytest.fixture(scope="module")
 def script():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_backbone", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return conftest.script("train/backbone")
 
 
 @pytest.fixture(scope="module")

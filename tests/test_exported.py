@@ -1,10 +1,9 @@
 """What exporting does to a model, as eval/exported.py tells it."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import conftest
 import pytest
 from conftest import VOCAB
 from test_export import made, tokenizer
@@ -15,11 +14,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def exported():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("exported", ROOT / "eval" / "exported.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return conftest.script("eval/exported")
 
 
 def test_fp32_is_torch_and_int8_is_not_quite(exported, tmp_path):

@@ -19,7 +19,7 @@ ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
     ["checked", "config", "policy", "costs", "calibration", "ranking", "drafting", "board", *RUNTIME],
     ["pretrained", "data", "prompts", "turned", "anatomy", "kv", "straight", "backbone", "losses", "screen"]
-    + ["fills", "exits", "objective", "starts", *GRAPHS],
+    + ["fills", "exits", "objective", "closed_form", *GRAPHS],
     ["lanes", "members", "record", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "states", "gates", "measure", "outcomes", "certify"]

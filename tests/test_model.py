@@ -10,8 +10,6 @@ from torch import nn
 
 from adaptive import EarlyExitModel, ExitConfig, losses
 from adaptive.config import LossConfig
-from adaptive.gates import collect, figures, fit_gates
-from adaptive.objective import full_states
 
 
 def batch(rows=2, tokens=10, seed=0):
@@ -78,58 +76,6 @@ def test_gates_never_bend_their_exits(llama):
         for gate in model.exits.gates:
             gate.read.weight.data.add_(1.0)
     assert found[0] and all(torch.equal(*pair) for pair in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("head", ["linear", "block"])
-def test_examples_for_gates_are_what_evaluation_counts(llama, head):
-    model, inputs = EarlyExitModel(llama, ExitConfig(depths=[1, 3], head=head)).eval(), batch()
-    states, no_harm = model(**inputs, examples=True).examples
-    labelled = int((inputs["labels"][:, 1:] != -100).sum())
-    assert states.shape == (labelled, 2, 32) and no_harm.shape == (labelled, 2) and no_harm.dtype == torch.bool
-    counted = model(**inputs).metrics
-    for index, depth in enumerate((1, 3)):
-        assert float(no_harm[:, index].float().mean()) == pytest.approx(float(counted[f"exit_{depth}/no_harm"]))
-    expected = full_states(model.view, inputs["input_ids"], inputs.get("attention_mask"), (1, 3))[0]
-    keep = inputs["labels"][:, 1:] != -100
-    assert torch.equal(states[:, 1], expected[1][:, :-1][keep])
-
-
-def test_fitted_gates_tell_what_can_be_told(llama):
-    """Harm that a direction of the state decides is found; a baseline is left alone; the same seed, the same gate."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(12000, 2, 32, generator=generator)
-    no_harm = torch.stack([states[:, 0, 3] > 1, torch.rand(12000, generator=generator) > 0.5], 1)
-    found = []
-    for _ in range(2):
-        gates = EarlyExitModel(llama, ExitConfig(depths=[1, 3], gate="mlp")).exits.gates
-        torch.manual_seed(1)
-        for parameter in (p for gate in gates for p in gate.read.parameters()):
-            parameter.data.normal_(std=0.1)
-        fit_gates(gates, states, no_harm, seed=5)
-        found.append(torch.cat([p.flatten() for p in gates.parameters()]).detach())
-    assert torch.equal(*found)
-    fresh = torch.randn(12000, 2, 32, generator=generator)
-    told = figures(gates, fresh, torch.stack([fresh[:, 0, 3] > 1, fresh[:, 1, 3] > 1], 1), (1, 3))
-    assert told["exit_1/auc"] > 0.95 and told["exit_1/ece"] < 0.05 and abs(told["exit_3/auc"] - 0.5) < 0.1
-    assert told["exit_1/no_harm"] == pytest.approx(0.16, abs=0.03)
-    baseline = EarlyExitModel(llama, ExitConfig(depths=[1, 3], gate="max_prob")).exits.gates
-    fit_gates(baseline, states, no_harm, seed=5)
-    assert set(figures(baseline, states, no_harm, (1, 3))) == {"exit_1/no_harm", "exit_3/no_harm"}
-
-
-def test_gates_are_fitted_to_no_more_rows_than_they_need(llama):
-    model = EarlyExitModel(llama, ExitConfig(depths=[1, 3]))
-    ids = torch.randint(3, VOCAB, (20, 9), generator=torch.Generator().manual_seed(0))
-    some = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    everything = collect(model, some, model.device, seed=0)
-    part = collect(model, some, model.device, seed=0, max_tokens=60)
-    assert len(everything[0]) == 160 and len(part[0]) == 64
-    assert torch.equal(part[0], everything[0][:64]) and torch.equal(part[1], everything[1][:64])
-    nothing = collect(model, some | {"labels": torch.full_like(ids, -100)}, model.device, seed=0)
-    before = [p.clone() for p in model.exits.gates.parameters()]
-    fit_gates(model.exits.gates, *nothing, seed=0)
-    assert nothing[0].shape == (0, 2, 32) and all(map(torch.equal, before, model.exits.gates.parameters()))
-    assert figures(model.exits.gates, *nothing, model.depths)["exit_1/auc"] is None
 
 
 def test_full_mode_learns_from_the_model_as_it_was(llama):

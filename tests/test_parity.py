@@ -8,13 +8,12 @@ import torch
 from conftest import FAMILIES, VOCAB, prompts, tiny
 from torch import Tensor
 
+from adaptive.closed_form import fit_exits
 from adaptive.config import ExitConfig
 from adaptive.exits import best
 from adaptive.model import EarlyExitModel
 from adaptive.objective import full_states
 from adaptive.policy import ExitPolicy
-from adaptive.starts import fit_exits, fit_linear
-from adaptive.states import with_states
 
 NEW = 12
 
@@ -253,43 +252,3 @@ def test_sampling_follows_the_probabilities():
     assert (counts[~likely] == 0).all()
     chi_square = ((counts - expected) ** 2 / expected)[likely].sum()
     assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_a_linear_head_starts_at_the_least_squares_map(family):
-    """Where the last blocks are linear it says what they say; a lower rank is worse, and any is better than none."""
-    model = with_exits(family, depths=(2,), head="linear", rank=32)
-    head, norm = model.exits.heads[0], model.view.norm
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 32, generator=generator)
-    true = torch.eye(32) + 0.2 * torch.randn(32, 32, generator=generator)
-    with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        y = norm(x @ true.T)
-        head.norm.load_state_dict(norm.state_dict())
-        before = (head(x) - y).square().mean()
-        fit_linear(head, norm, x, y)
-        assert (head(x) - y).square().mean() < 0.05 * before
-        low = with_exits(family, depths=(2,), head="linear", rank=4).exits.heads[0]
-        low.norm.load_state_dict(norm.state_dict())
-        fit_linear(low, norm, x, y)
-        assert (head(x) - y).square().mean() < (low(x) - y).square().mean() < before
-        wide = with_exits(family, depths=(2,), head="linear", rank=40).exits.heads[0]  # wider than the state
-        wide.norm.load_state_dict(norm.state_dict())
-        fit_linear(wide, norm, x, y)
-        assert torch.allclose(wide(x), head(x), atol=1e-3)
-
-
-def test_linear_heads_start_alike_with_and_without_kept_states(tmp_path):
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(VOCAB, (12, 16), generator=generator)
-    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    rows["labels"][:, :5] = -100
-    found = []
-    for keep in (False, True):
-        model = with_exits("llama", depths=(1, 3), head="linear", rank=8)
-        fit_exits(model, with_states(model, rows, tmp_path) if keep else rows)
-        found.append(torch.cat([head(torch.ones(1, 32)).flatten() for head in model.exits.heads]))
-        assert not torch.equal(model.exits.heads[0].up.weight, torch.zeros(32, 8))
-    assert torch.allclose(*found, atol=1e-4)

@@ -1,10 +1,9 @@
 """The contest with economize on a tiny model: both sides are measured by the same meter, and depths are counted."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -20,11 +19,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def peers():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("eval_peers", ROOT / "eval" / "peers.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return conftest.script("eval/peers")
 
 
 @pytest.fixture(scope="module")

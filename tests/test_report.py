@@ -1,7 +1,6 @@
 """The report of a run: its figures are the trace's, nothing is measured twice, what it cannot vouch for is refused."""
 
 import html
-import importlib.util
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, VOCAB, tiny
+from conftest import LAYERS, VOCAB, script, tiny
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,15 +26,6 @@ from adaptive.prompts import encode
 pytest.importorskip("matplotlib", reason="the report draws; it comes with the extra `demo`")
 ROOT = Path(__file__).parent.parent
 NEW = 12
-
-
-def script(name: str):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +290,23 @@ def test_fills_are_compared_on_the_same_thresholds(run, tmp_path):
     kinds = found["generation"]
     assert kinds["projected"] == kinds["fitted"]
     assert sum(kinds["recomputed"]["share_by_depth"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_recheck_tells_harm_and_likeness_on_new_prompts(run, tmp_path):
+    recheck, calibrate = script("eval/recheck"), script("train/calibrate")
+    words = [" ".join(f"<w{3 + (row + 7 * step) % 90}>" for step in range(4)) for row in range(90)]
+    parts = {"select": words[:16], "certify": words[16:80], "report": words[76:]}
+    (tmp_path / "prompts.json").write_text(json.dumps(parts))
+    shutil.copytree(run, tmp_path / "run")
+    settings = {"risks": [0.9], "delta": 0.3, "max_new_tokens": NEW}
+    calibrate.main(calibrate.CalibrationConfig(str(tmp_path / "run"), str(tmp_path / "prompts.json"), **settings))
+    paths = {name: str(tmp_path / "prompts.json") for name in ("prompts", "seen")}
+    with pytest.raises(ValueError, match="no prompts"):  # "report" is among those seen
+        recheck.main(recheck.RecheckConfig(str(tmp_path / "run"), **paths))
+    paths.pop("seen")
+    config = recheck.RecheckConfig(str(tmp_path / "run"), **paths, output=str(tmp_path / "out.json"))
+    found = recheck.main(config)
+    assert found == json.loads((tmp_path / "out.json").read_text())
+    assert found["prompts"] == 14 and found["mean_depth"] < LAYERS and 0 < found["harm"] <= found["certified"]
+    assert 0 < found["rouge_l"] < 1 and found["relative_flops"] < 1
+    assert found["relative_perplexity"] > 0.9 and {"commit", "command", "machine"} <= set(found)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -27,11 +28,7 @@ SMALL = ["--new_tokens", str(NEW), "--prompt_tokens", "6", "--rounds", "2", "--t
 @pytest.fixture(scope="module")
 def speed():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("speed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return conftest.script("eval/speed")
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,13 @@
 """The study of recipes: what is kept of a frozen backbone changes nothing, and what is judged agrees with decoding."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LAYERS, VOCAB, tiny
+from conftest import LAYERS, VOCAB, script, tiny
 from safetensors.numpy import load_file
 
 from adaptive import EarlyExitModel, ExitConfig, certify, data, ranking, states
@@ -18,15 +16,6 @@ from adaptive.rows import load_rows, take, to_batch
 
 ROOT = Path(__file__).parent.parent
 EXITS = {"depths": [1, 2, 4], "head": ["linear", "mlp", "norm"], "rank": 4, "shortlist": 24, "screen": 8}
-
-
-def script(name: str):
-    """A script of eval/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studied(place):
     """The study's folder."""
-    study = script("study")
+    study = script("eval/study")
     shared = {"exits": {"head": ["block", "mlp", "norm"], "head_kv": "shared"}}
     variations = {"plain": None, "longer": {"steps": 8, "exits": {"gate": "mlp"}}, "shared": shared}
     config = study.StudyConfig(str(place / "base.yaml"), str(place / "prompts.json"), str(place / "out"), variations,
@@ -128,7 +117,7 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
 
 
 def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
-    recipes = script("recipes")
+    recipes = script("eval/recipes")
     config = recipes.RecipesConfig(str(studied), str(tmp_path), "plain", ["plain", "longer"])
     done = recipes.main(config)
     with monkeypatch.context() as patched:  # a second run takes its figures from the files
@@ -181,7 +170,7 @@ def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
 
 
 def test_auc_counts_pairs():
-    recipes, generator = script("recipes"), np.random.default_rng(0)
+    recipes, generator = script("eval/recipes"), np.random.default_rng(0)
     scores, true = generator.integers(0, 6, 50).astype(float), generator.random(50) < 0.4
     pairs = [(a > b) + (a == b) / 2 for a in scores[true] for b in scores[~true]]
     assert recipes.auc(scores, true) == pytest.approx(np.mean(pairs))
@@ -190,7 +179,7 @@ def test_auc_counts_pairs():
 
 def test_a_line_is_found_again():
     """Records that lie on a line give its formula, and the tokens that it wants for the goal."""
-    recipes, done = script("recipes"), []
+    recipes, done = script("eval/recipes"), []
     for tokens in (1000, 10_000, 100_000):
         none = 0.2 + 0.1 * np.log10(tokens)
         costs = {"at": {"0.02": {"relative_flops": 1 - 0.04 * np.log10(tokens)}}}
@@ -204,7 +193,7 @@ def test_a_line_is_found_again():
 
 
 def test_bad_studies_are_refused(place):
-    study, recipes = script("study"), script("recipes")
+    study, recipes = script("eval/study"), script("eval/recipes")
     with pytest.raises(ConfigError, match="`only` has \\['b'\\](.|\n)*`variations.a` must hold"):
         study.StudyConfig("x.yaml", "p.json", "out", {"a": [1]}, only=["b"])
     with pytest.raises(ConfigError, match="did you mean `steps`"):

@@ -1,6 +1,5 @@
 """Training through `train/exits.py`: it learns, moves only what it should, resumes, and agrees with itself."""
 
-import importlib.util
 import json
 import os
 import socket
@@ -9,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -30,11 +30,7 @@ TOKENS = 16
 @pytest.fixture(scope="module")
 def exits():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_exits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return conftest.script("train/exits")
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,13 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from adaptive.closed_form import fit_exits
 from adaptive.data import digest
 from adaptive.fills import fit_fills
 from adaptive.gates import collect, figures, fit_gates
 from adaptive.model import EarlyExitModel
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows, take, to_batch
 from adaptive.runs import Metrics, earlier_run, load_state, save_state, write_json
-from adaptive.starts import fit_exits
 from adaptive.states import with_states
 
 WARM_UP, MAX_GRADIENT_NORM = 0.02, 1.0  # a share of the steps; of exits and backbone
@@ -292,11 +292,11 @@ def finish(run: Run) -> dict:
         summary["perplexity_after"] = full_depth_perplexity(run)
         told = "full depth on held-out rows: perplexity {perplexity_before:.3f} before, {perplexity_after:.3f} after"
         run.accelerator.print(told.format(**summary))
-    common = run.accelerator.device, run.config.seed
-    examples, held_out = (collect(run.judged, part, *common) for part in (run.rows, run.held_out))
-    model = save_model(run, run.folder, examples)
+    parts = (run.rows, run.held_out) if run.plain.exits.gates[0].learned else ()  # every process finds the same
+    found = [collect(run.judged, part, run.accelerator.device, run.config.seed) for part in parts]
+    model = save_model(run, run.folder, *found[:1])
     if run.accelerator.is_main_process:
-        summary["gates"] = figures(model.exits.gates, *held_out, model.depths)
+        summary["gates"] = figures(model.exits.gates, *found[1], model.depths) if found else None
         write_json(run.folder / "summary.json", summary)
         print(json.dumps(summary))
     run.accelerator.end_training()

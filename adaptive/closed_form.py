@@ -11,6 +11,7 @@ from tqdm import tqdm
 from adaptive.exits import Head
 from adaptive.fills import fit_fills
 from adaptive.objective import full_states
+from adaptive.screen import low_rank
 
 SCREEN_STATES = 2048  # positions that a screen is fitted to; three times as many find it hardly better
 HEAD_STATES = 16384  # and a linear head
@@ -32,14 +33,17 @@ def fit_exits(model, rows: dict[str, Tensor]) -> None:
     exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
     linear = [index for index, head in enumerate(exits.heads) if head.kind == "linear"]
     enough = HEAD_STATES if linear else SCREEN_STATES if exits.screen is not None else 0
-    found: list[Tensor] = []
+    if not enough:
+        return
+    found, count = [], 0
     with tqdm(total=enough, desc="fitting heads", unit="token", leave=False) as bar:
-        for states in _labelled(model, rows) if enough else ():
+        for states in _labelled(model, rows):
             found.append(states)
+            count += len(states)
             bar.update(len(states))
-            if sum(map(len, found)) >= enough:
+            if count >= enough:
                 break
-    if not enough or not sum(map(len, found)):
+    if not count:
         return
     states = torch.cat(found)
     if exits.screen is not None:
@@ -66,8 +70,7 @@ def fit_linear(head: Head, norm: nn.Module, states: Tensor, normed: Tensor) -> N
 
     x are states at the exit and y those that the final norm got at full depth, each divided by its root mean square:
     the norm behind the head does not see lengths. Least squares from a block's state to the last one are the "linear
-    shortcuts" of Din et al. 2023 ("Jump to Conclusions", section 3); the rank is reduced in the metric of the states'
-    second moment C: with the best M of full rank, M C^1/2 V V' C^-1/2, V the leading eigenvectors of C^1/2 M'M C^1/2.
+    shortcuts" of Din et al. 2023 ("Jump to Conclusions", section 3); the rank is reduced by `screen.low_rank`.
 
     Args:
         head: of kind "linear".
@@ -84,13 +87,11 @@ def fit_linear(head: Head, norm: nn.Module, states: Tensor, normed: Tensor) -> N
     second = x.T @ x / len(x)
     second = second + RIDGE * second.diagonal().mean() * eye
     best = torch.linalg.solve(second, x.T @ (y - x) / len(x)).T
-    values, vectors = torch.linalg.eigh(second)
-    root = vectors * values.sqrt() @ vectors.T
     rank = min(len(head.down.weight), size)
-    leading = torch.linalg.eigh(root @ best.T @ best @ root).eigenvectors[:, -rank:]
-    head.up.weight.zero_()
-    head.up.weight[:, :rank] = (best @ root @ leading).to(head.up.weight)
-    head.down.weight[:rank] = (leading.T @ (vectors * values.rsqrt() @ vectors.T)).to(head.down.weight)
+    out, down = low_rank(best.T @ best, second, rank)
+    head.up.weight.zero_()  # columns beyond the hidden size have nothing to say
+    head.up.weight[:, :rank] = (best @ out).to(head.up.weight)
+    head.down.weight[:rank] = down.to(head.down.weight)
 
 
 def _affine(norm: nn.Module, size: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,111 @@
+"""What is fitted without an exit's step: linear heads before the first one, gates after the last."""
+
+import pytest
+import torch
+from conftest import VOCAB
+from test_model import batch
+from test_parity import with_exits
+
+from adaptive import EarlyExitModel, ExitConfig
+from adaptive.closed_form import fit_exits, fit_linear
+from adaptive.gates import collect, figures, fit_gates
+from adaptive.objective import full_states
+from adaptive.states import with_states
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_linear_head_starts_at_the_least_squares_map(family):
+    """Where the last blocks are linear it says what they say; a lower rank is worse, and any is better than none."""
+    model = with_exits(family, depths=(2,), head="linear", rank=32)
+    head, norm = model.exits.heads[0], model.view.norm
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 32, generator=generator)
+    true = torch.eye(32) + 0.2 * torch.randn(32, 32, generator=generator)
+    with torch.no_grad():
+        for parameter in norm.parameters():  # gains from a seventh to seven, some of them negative
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).exp())
+            parameter[::3] *= -1
+        y = norm(x @ true.T)
+        head.norm.load_state_dict(norm.state_dict())
+        before = (head(x) - y).square().mean()
+        fit_linear(head, norm, x, y)
+        assert (head(x) - y).square().mean() < 0.05 * before
+        low = with_exits(family, depths=(2,), head="linear", rank=4).exits.heads[0]
+        low.norm.load_state_dict(norm.state_dict())
+        fit_linear(low, norm, x, y)
+        assert (head(x) - y).square().mean() < (low(x) - y).square().mean() < before
+        wide = with_exits(family, depths=(2,), head="linear", rank=40).exits.heads[0]  # wider than the state
+        wide.norm.load_state_dict(norm.state_dict())
+        fit_linear(wide, norm, x, y)
+        assert torch.allclose(wide(x), head(x), atol=1e-3)
+
+
+def test_linear_heads_start_alike_with_and_without_kept_states(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (12, 16), generator=generator)
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    rows["labels"][:, :5] = -100
+    found = []
+    for keep in (False, True):
+        model = with_exits("llama", depths=(1, 3), head="linear", rank=8)
+        fit_exits(model, with_states(model, rows, tmp_path) if keep else rows)
+        found.append(torch.cat([head(torch.ones(1, 32)).flatten() for head in model.exits.heads]))
+        assert not torch.equal(model.exits.heads[0].up.weight, torch.zeros(32, 8))
+    assert torch.allclose(*found, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["linear", "block"])
+def test_examples_for_gates_are_what_evaluation_counts(llama, head):
+    model, inputs = EarlyExitModel(llama, ExitConfig(depths=[1, 3], head=head)).eval(), batch()
+    states, no_harm = model(**inputs, examples=True).examples
+    labelled = int((inputs["labels"][:, 1:] != -100).sum())
+    assert states.shape == (labelled, 2, 32) and no_harm.shape == (labelled, 2) and no_harm.dtype == torch.bool
+    counted = model(**inputs).metrics
+    for index, depth in enumerate((1, 3)):
+        assert float(no_harm[:, index].float().mean()) == pytest.approx(float(counted[f"exit_{depth}/no_harm"]))
+    expected = full_states(model.view, inputs["input_ids"], inputs.get("attention_mask"), (1, 3))[0]
+    keep = inputs["labels"][:, 1:] != -100
+    assert torch.equal(states[:, 1], expected[1][:, :-1][keep])
+
+
+def test_fitted_gates_tell_what_can_be_told(llama):
+    """Harm that a direction of the state decides is found, each exit's by its own gate; where nothing tells, nothing is
+    found; a baseline is left alone; the same seed, the same gate."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(12000, 3, 32, generator=generator)
+    no_harm = torch.stack(
+        [states[:, 0, 3] > 1, states[:, 1, 7] < 0.5, torch.rand(12000, generator=generator) > 0.5], 1
+    )
+    found = []
+    for _ in range(2):
+        gates = EarlyExitModel(llama, ExitConfig(depths=[1, 2, 3], gate="mlp")).exits.gates
+        torch.manual_seed(1)
+        for parameter in (p for gate in gates for p in gate.read.parameters()):
+            parameter.data.normal_(std=0.1)
+        fit_gates(gates, states, no_harm, seed=5)
+        found.append(torch.cat([p.flatten() for p in gates.parameters()]).detach())
+    assert torch.equal(*found)
+    fresh = torch.randn(12000, 3, 32, generator=generator)
+    true = torch.stack([fresh[:, 0, 3] > 1, fresh[:, 1, 7] < 0.5, fresh[:, 2, 3] > 1], 1)
+    told = figures(gates, fresh, true, (1, 2, 3))
+    assert min(told["exit_1/auc"], told["exit_2/auc"]) > 0.95 and abs(told["exit_3/auc"] - 0.5) < 0.1
+    assert max(told["exit_1/ece"], told["exit_2/ece"]) < 0.08
+    assert told["exit_1/no_harm"] == pytest.approx(0.16, abs=0.03)
+    baseline = EarlyExitModel(llama, ExitConfig(depths=[1, 2, 3], gate="max_prob")).exits.gates
+    fit_gates(baseline, states, no_harm, seed=5)
+    assert set(figures(baseline, states, no_harm, (1, 2, 3))) == {f"exit_{depth}/no_harm" for depth in (1, 2, 3)}
+
+
+def test_gates_are_fitted_to_no_more_rows_than_they_need(llama):
+    model = EarlyExitModel(llama, ExitConfig(depths=[1, 3]))
+    ids = torch.randint(3, VOCAB, (20, 9), generator=torch.Generator().manual_seed(0))
+    some = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    everything = collect(model, some, model.device, seed=0)
+    part = collect(model, some, model.device, seed=0, max_tokens=60)
+    assert len(everything[0]) == 160 and len(part[0]) == 64
+    assert torch.equal(part[0], everything[0][:64]) and torch.equal(part[1], everything[1][:64])
+    nothing = collect(model, some | {"labels": torch.full_like(ids, -100)}, model.device, seed=0)
+    before = [p.clone() for p in model.exits.gates.parameters()]
+    fit_gates(model.exits.gates, *nothing, seed=0)
+    assert nothing[0].shape == (0, 2, 32) and all(map(torch.equal, before, model.exits.gates.parameters()))
+    assert figures(model.exits.gates, *nothing, model.depths)["exit_1/auc"] is None
