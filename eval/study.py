@@ -1,7 +1,7 @@
 """Compare recipes: train named variations of one configuration, judge each on the same held-out prompts.
 
     python eval/study.py --config configs/study.yaml
-    python eval/study.py --config configs/study.yaml --only demo,linear     # some of them
+    python eval/study.py --config configs/study.yaml --only pair,mlp-1      # some of them
 
 Each variation is trained by `accelerate launch train/exits.py` and judged on the full model's own greedy answers to
 prompts that no variation trained on: one teacher-forced pass gives what every gate, every training-free score and every

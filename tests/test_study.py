@@ -192,6 +192,15 @@ def test_a_line_is_found_again():
     assert oracle["b"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["study", "study_llama", "study_gpt2"])
+def test_variations_that_are_shipped_are_sound(name, tmp_path):
+    study, values = script("eval/study"), yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    base = yaml.safe_load((ROOT / values["base"]).read_text())
+    for variation, change in values["variations"].items():
+        plan = study.planned(base, change or {}, tmp_path / variation)
+        assert plan["output"] == str(tmp_path / variation) and "exits" in plan
+
+
 def test_bad_studies_are_refused(place):
     study, recipes = script("eval/study"), script("eval/recipes")
     with pytest.raises(ConfigError, match="`only` has \\['b'\\](.|\n)*`variations.a` must hold"):
