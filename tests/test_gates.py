@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny
-from test_study import EXITS, script
+from conftest import VOCAB, script, tiny
+from test_study import EXITS
 
 from adaptive import EarlyExitModel, ExitConfig, data
 
 
 @pytest.fixture(scope="module")
 def gates():
-    return script("gates")
+    return script("eval/gates")
 
 
 def arrays(seed=0, tokens=40, exits=2):
