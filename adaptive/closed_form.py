@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adaptive.exits import Head
-from adaptive.fills import fit_fills
 from adaptive.objective import full_states
 from adaptive.screen import low_rank
 
@@ -20,16 +19,14 @@ RIDGE = 1e-3  # of the states' mean square
 
 @torch.no_grad()
 def fit_exits(model, rows: dict[str, Tensor]) -> None:
-    """Sets what needs no steps, from training rows: K/V of skipped blocks (`fills`), linear heads, and what exits with
-    a shortlist may say: fixed lists by how often an entry is wanted, a screen from the full model's states.
+    """Sets what needs no steps, from training rows: linear heads, and what exits with a shortlist may say: fixed lists
+    by how often an entry is wanted, a screen from the full model's states.
 
     Args:
         model: the `EarlyExitModel`.
         rows: `input_ids`, `attention_mask`, `labels` [rows, tokens], with `states.with_states` or without.
     """
     view, exits, labels = model.view, model.exits, rows["labels"]
-    if model.mode == "frozen":  # a backbone that learns moves; what it will make is fitted to when it is saved
-        fit_fills(model, rows)
     exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
     linear = [index for index, head in enumerate(exits.heads) if head.kind == "linear"]
     enough = HEAD_STATES if linear else SCREEN_STATES if exits.screen is not None else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -238,17 +239,18 @@ class Exits(nn.Module):
             exit: index of the exit.
             normed: normed states [N, hidden] of its head.
             chunk: positions whose logits are held at once.
-            among: entries that an exit without a shortlist chooses from; None for the whole vocabulary.
+            among: the best entry is looked for among these; None for the whole vocabulary.
         """
         if self.sizes[exit] is None and among is not None:
             return among[torch.cat([backbone.logits(piece, among).argmax(-1) for piece in normed.split(chunk)])]
-        said = self._screened_word if self.screened(exit) else lambda *args: best(*self.logits(*args))
+        said = partial(self._screened_word, among) if self.screened(exit) else lambda *args: best(*self.logits(*args))
         return torch.cat([said(backbone, exit, piece) for piece in normed.split(chunk)])
 
-    def _screened_word(self, backbone: Backbone, exit: int, normed: Tensor) -> Tensor:
-        # For many states one product with the whole LM head is faster than every state's own picks; they are needed
-        # only where the head's best entry is not among them.
-        word = backbone.logits(normed).argmax(-1)
+    def _screened_word(self, among: Tensor | None, backbone: Backbone, exit: int, normed: Tensor) -> Tensor:
+        # For many states one product with the LM head is faster than every state's own picks; they are needed only
+        # where the head's best entry is not among them.
+        word = backbone.logits(normed, among).argmax(-1)
+        word = word if among is None else among[word]
         lost = ~self.screen.holds(normed, word, self.sizes[exit])
         if lost.any():
             word[lost] = best(*self.logits(backbone, exit, normed[lost]))

@@ -13,6 +13,10 @@ from adaptive.kv import PackedFill
 # error after 4,000 states than after 17,000, 7 % more after 8,000, and 5 % less after 41,000.
 STATES = (4096, 16384)
 TRUST = 400  # states that the blocks' own projections are worth against them
+# What a state weighs: its gate's score, sharpened, as only what leaves needs a map, and that is what a gate is sure of.
+# And a little, lest the map forget the others. Behind block 16 of 30 the K/V of what leaves then have a quarter less
+# error (0.20 instead of 0.27 of their variance).
+SHARPNESS, FLOOR = 16, 0.03
 ROWS = 8  # in one pass
 
 
@@ -46,7 +50,7 @@ class Fill(nn.Module):
 
     @torch.no_grad()
     def fit(self, moments: Moments, pack: PackedFill) -> None:
-        """Sets the map that minimises the mean of |W x + b - y|^2, plus r |W - W_0|^2: W_0 are the blocks' own
+        """Sets the map that minimises the weighted mean of |W x + b - y|^2, plus r |W - W_0|^2: W_0 are the blocks' own
         projections, and b takes the states' mean to that of the K/V (ridge regression, Hoerl and Kennard 1970).
 
         Args:
@@ -63,61 +67,73 @@ class Fill(nn.Module):
 
 
 class Moments:
-    """Sums over states x [N, hidden] and what is wanted of them, y [N, entries], that a linear map is fitted from."""
+    """Weighted sums over states x [N, hidden] and what is wanted of them, y [N, entries], that a linear map is fitted
+    from."""
 
     def __init__(self):
         self.count = 0
         self.sums: tuple[Tensor, ...] = ()
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds some states and what is wanted of them."""
-        new = tuple(part.double() for part in (x.T @ x, x.T @ y, x.sum(0), y.sum(0)))
+    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Adds some states, what is wanted of them, and what each of them weighs [N]."""
+        heavy = x * weight[:, None]
+        sums = (heavy.T @ x, heavy.T @ y, heavy.sum(0), (y * weight[:, None]).sum(0), weight.sum())
+        new = tuple(part.double() for part in sums)
         self.count += len(x)
         self.sums = tuple(map(torch.add, self.sums, new)) if self.sums else new
 
     def centered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns covariance [hidden, hidden] and cross-covariance [hidden, entries], and the means of x and y."""
-        square, cross, x, y = (part / self.count for part in self.sums)
+        square, cross, x, y = (part / self.sums[-1] for part in self.sums[:-1])
         return square - torch.outer(x, x), cross - torch.outer(x, y), x, y
 
 
 @torch.no_grad()
 def fit_fills(model, rows: dict[str, Tensor]) -> None:
-    """Fits every exit's `Fill` to what the backbone makes of the first training rows.
+    """Fits every exit's `Fill` to what the backbone makes of the first training rows, above all of what would leave.
 
     Args:
-        model: the `EarlyExitModel`.
+        model: the `EarlyExitModel`; what its gates say is final.
         rows: `input_ids`, `attention_mask` [rows, tokens].
     """
-    view, fills = model.view, [fill for fill in model.exits.fills if fill is not None]
+    view, exits = model.view, model.exits
+    fills = {fill.depth: fill for fill in exits.fills if fill is not None}
     if not fills or not view.packs:
         return
     view.refresh()
-    pack, moments = view.projections, {fill.depth: Moments() for fill in fills}
+    pack, moments = view.projections, {depth: Moments() for depth in fills}
+    gates = {depth: gate for depth, gate in zip(model.depths, exits.gates, strict=True) if depth in fills}
     enough = min(max(int(rows["attention_mask"].sum()) // 4, STATES[0]), STATES[1])
     with tqdm(total=enough, desc="fitting K/V", unit="token", leave=False) as bar:
         for some in torch.arange(len(rows["input_ids"])).split(ROWS):
-            units = _units(view, pack, *(rows[name][some].to(view.device) for name in ("input_ids", "attention_mask")),
-                           min(moments))  # fmt: skip
+            batch = (rows[name][some].to(view.device) for name in ("input_ids", "attention_mask"))
+            states = _states(view, *batch, min(fills))
+            units = {depth: pack.unit(state).float() for depth, state in states.items()}
             wanted = [_linear(pack, depth, unit) for depth, unit in units.items()]
             for depth, sums in moments.items():
-                sums.add(units[depth], torch.cat(wanted[depth - min(moments) :], dim=1))
-            bar.update(len(units[min(moments)]))
+                weight = _weight(gates[depth], states[depth])
+                sums.add(units[depth], torch.cat(wanted[depth - min(fills) :], dim=1), weight)
+            bar.update(len(units[min(fills)]))
             if sums.count >= enough:
                 break
-    for fill in fills:
-        fill.fit(moments[fill.depth], pack)
+    for depth, fill in fills.items():
+        fill.fit(moments[depth], pack)
 
 
-def _units(view, pack: PackedFill, ids: Tensor, mask: Tensor, first: int) -> dict[int, Tensor]:
-    """Returns what W_K and W_V multiply, float32 [N, hidden], by depth from `first` on."""
+def _states(view, ids: Tensor, mask: Tensor, first: int) -> dict[int, Tensor]:
+    """Returns the states [N, hidden] that enter the blocks from `first` on, by depth."""
     keep, positions = mask.bool(), (mask.cumsum(-1) - 1).clamp_min(0)
     hidden, calls = view.start(ids, mask, positions, None)
     out, depth = {}, 0
     for block in range(first, view.num_layers):
         hidden, depth = view.run(hidden, calls, depth, block), block
-        out[block] = pack.unit(hidden[keep]).float()
+        out[block] = hidden[keep]
     return out
+
+
+def _weight(gate: nn.Module, states: Tensor) -> Tensor:
+    """Returns float32 [N], what states [N, hidden] weigh; all the same where scores need more than a state."""
+    return (gate.score(states).float() if gate.learned else states.new_ones(len(states)).float()) ** SHARPNESS + FLOOR
 
 
 def _linear(pack: PackedFill, block: int, unit: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from adaptive import ranking
 from adaptive.calibration import Certificate
-from adaptive.certify import Survey, calibrate, survey
+from adaptive.certify import calibrate
 from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import encode
 from adaptive.runtime import Runtime, Token
 from adaptive.session import Session
+from adaptive.survey import Survey, survey
 
 logger = logging.getLogger(__name__)
 CALL = 10**6  # weights that are multiplied in the time that calling a graph takes, beside its products

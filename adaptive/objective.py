@@ -2,8 +2,8 @@
 
 One pass over the backbone gives the states at all exits and at full depth. Exits never see the whole vocabulary at
 once: they are compared on candidate entries (see `losses.candidates`), or exactly, a chunk of positions at a time.
-Gates read detached states, and their target follows the exit as it is now; while training, an exit that reads the whole
-vocabulary is taken to say its best candidate. Once exits stand still, `gates.fit_gates` trains gates further on what
+Gates read detached states, and their target follows the exit as it is now; while training, an exit is taken to say its
+best candidate. Once exits stand still, `gates.fit_gates` trains gates further on what
 `gate_examples` finds.
 """
 
@@ -152,16 +152,22 @@ def gate_examples(
     top: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns what gates read at the N labelled positions, states [N, exits, hidden], and whether leaving there does no
-    harm, bool [N, exits]. The arguments are those of `joint_loss`."""
-    view, exits = model.view, model.exits
+    harm, bool [N, exits]. The arguments are those of `joint_loss`.
+
+    An exit is taken to say its best candidate (`losses.candidates`), which makes one label in a hundred too kind and
+    finds them all twenty times sooner: gates want many more labels, not better ones.
+    """
+    view, exits, config = model.view, model.exits, model.loss_config
     cache = TrainingKV(view.num_layers) if exits.shares_kv else None
     at_exits, final, calls = _backbone_pass(model, input_ids, attention_mask, cache, None, states)
     teacher = final if model.mode == "frozen" else model.teacher_states(input_ids, attention_mask)
-    targets, no_harm = _targets(model.teacher_view, teacher, labels, 1, top), []
+    targets, no_harm = _targets(model.teacher_view, teacher, labels, config.top_k, top), []
+    generator = torch.Generator(input_ids.device).manual_seed(model.seed)
+    among, _ = losses.candidates(targets.top, view.vocab_size, config.negatives, generator)
     every = torch.arange(len(targets.normed), device=final.device)
     for index, depth in enumerate(model.depths):
         normed = targets.pick(exit_features(view, exits, index, depth, at_exits[index], calls, cache))
-        no_harm.append(_does_no_harm(model, targets, every, exits.said(view, index, normed, CHUNK)))
+        no_harm.append(_does_no_harm(model, targets, every, exits.said(view, index, normed, CHUNK, among)))
     return torch.stack([targets.pick(state) for state in at_exits], 1), torch.stack(no_harm, 1)
 
 

@@ -79,7 +79,7 @@ from economize.techniques.dynamic_depth.base import DepthMeter
 from economize.train import fit
 from tqdm import tqdm
 
-from adaptive import certify, outcomes, ranking, rows
+from adaptive import certify, outcomes, ranking, rows, survey
 from adaptive.calibration import BOUNDS, rouge_l
 from adaptive.config import ExitConfig
 from adaptive.model import EarlyExitModel
@@ -139,7 +139,7 @@ def main(config: PeersConfig) -> dict:
 def ours(model: EarlyExitModel, select: list, config: PeersConfig) -> Side:
     """Returns our side: points on the frontier that one full-depth pass over the selection prompts gives."""
     begun = time.perf_counter()
-    found = certify.survey(model, select, config.max_new_tokens)
+    found = survey.survey(model, select, config.max_new_tokens)
     arrays = found.scores, found.harms("regret", config.tolerance), found.costs
     frontier = ranking.frontier(*arrays, found.full_cost, found.rows)
     # Evenly in predicted harm up to twice what is allowed: nobody would choose beyond.

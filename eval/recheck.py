@@ -48,7 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adaptive import certify
+from adaptive import certify, survey
 from adaptive.calibration import rouge_l
 from adaptive.model import EarlyExitModel
 from adaptive.outcomes import observe
@@ -74,7 +74,7 @@ def main(config: RecheckConfig) -> dict:
     ids = encode(prompts, certify.load_tokenizer(model))
     policies = ExitPolicy.full(model.num_exits), ExitPolicy(tuple(certificate.thresholds))
     full, outcome = (observe(model, ids, policy, certificate.max_new_tokens, config.batch_size) for policy in policies)
-    harms = certify.loss_per_prompt(certificate.harm, certificate.tolerance or 0.0, outcome, None)
+    harms = survey.loss_per_prompt(certificate.harm, certificate.tolerance or 0.0, outcome, None)
     price = model.costs.price(outcome.trace)
     document = {
         "run": config.run,

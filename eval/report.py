@@ -63,7 +63,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from adaptive import certify, outcomes, ranking
+from adaptive import certify, outcomes, ranking, survey
 from adaptive.calibration import Certificate, rouge_l
 from adaptive.config import ExitConfig
 from adaptive.data import digest
@@ -106,8 +106,8 @@ def main(config: ReportConfig) -> dict:
     about = {"timed": longest, "tokens": config.speed_tokens, "points": names, "machine": report["machine"]}
     speed = part(job, "speed", about, timed, [job.prompts[i] for i in longest], config.speed_tokens)
     raw = part(job, "raw-exits", {"raw": "norm and full head"}, raw_line, job.selection)["line"]
-    survey = certify.Survey(**load_file(Path(config.run) / "calibration" / "survey.safetensors"))
-    trained = frontier_line(survey, job.model, job.settings)
+    found = survey.Survey(**load_file(Path(config.run) / "calibration" / "survey.safetensors"))
+    trained = frontier_line(found, job.model, job.settings)
     report["lines"] = {"trained exits": trained, "raw exits (final norm, LM head)": raw}
     report["points"] = [{"name": n, "certificate": names.get(n), **p["figures"], **speed[n]} for n, p in points.items()]
     report["shown"] = shown = answer_shown(job, points)
@@ -162,7 +162,7 @@ def measured(job: Job, policy: ExitPolicy, full: dict | None) -> dict:
     outcome = outcomes.observe(job.model, job.prompts, policy, *sizes)
     said, trace, price = outcome.answers, outcome.trace, job.model.costs.price(outcome.trace)
     reference, perplexity = full["answers"] if full else said, float(np.exp(np.nanmean(outcome.nll)))
-    harms = certify.loss_per_prompt(harm, tolerance, outcome, reference)
+    harms = survey.loss_per_prompt(harm, tolerance, outcome, reference)
     figures = {
         "harm": float(harms.mean()),
         "standard_error": float(harms.std(ddof=len(harms) > 1) / np.sqrt(len(harms))),
@@ -199,11 +199,11 @@ def raw_line(job: Job, prompts: list[list[int]]) -> dict:
     depths = [depth for depth in job.model.depths if depth < job.model.view.num_layers]
     config = ExitConfig(depths, head="norm", gate="max_prob", blocks=job.model.exit_config.blocks)
     raw = EarlyExitModel.from_backbone(job.model.backbone, config)
-    survey = certify.survey(raw, prompts, job.settings["max_new_tokens"], job.settings["batch_size"])
-    return {"line": frontier_line(survey, raw, job.settings)}
+    found = survey.survey(raw, prompts, job.settings["max_new_tokens"], job.settings["batch_size"])
+    return {"line": frontier_line(found, raw, job.settings)}
 
 
-def frontier_line(found: certify.Survey, model: EarlyExitModel, settings: dict) -> list:
+def frontier_line(found: survey.Survey, model: EarlyExitModel, settings: dict) -> list:
     """Returns undominated [relative FLOPs, harm] of a survey, cheapest first; an exit nobody takes costs nothing."""
     harms, ladder = found.harms(settings["harm"], settings["tolerance"]), []
     costs, count, priced, points = model.costs, model.num_exits, {}, [(1.0, 0.0)]

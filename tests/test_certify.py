@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import VOCAB
 
-from adaptive import EarlyExitModel, ExitConfig, calibrate, certify, losses, outcomes
+from adaptive import EarlyExitModel, ExitConfig, calibrate, certify, losses, outcomes, survey
 from adaptive.policy import ExitPolicy
 
 NEW = 8
@@ -49,12 +49,12 @@ def test_harm_is_judged_by_the_full_model_on_the_same_prefix(model):
 def test_survey_says_what_leaving_would_do(model):
     """At every exit the surveyed regret of a policy that leaves there first is what judging finds."""
     asked = questions(6)
-    found = certify.survey(model, asked, NEW)
+    found = survey.survey(model, asked, NEW)
     assert found.scores.shape == found.regret.shape == (6 * (NEW - 1), 2) and found.costs.shape == (6 * (NEW - 1), 3)
     full = outcomes.observe(model, asked, ExitPolicy.full(2), NEW)
     assert np.nanmax(full.regret) < 1e-4 and found.full_cost < found.costs[:, 2].mean()
     one = outcomes.observe(model, asked, ExitPolicy.always(0, 2), 2)
-    first = certify.survey(model, asked, 2)
+    first = survey.survey(model, asked, 2)
     same = [
         row
         for row in range(6)
@@ -76,7 +76,7 @@ def test_a_certificate_holds_on_new_prompts(model, harm, risk):
     fresh = questions(60, seed=9)
     outcome = outcomes.observe(model, fresh, model.policy, NEW)
     reference = outcomes.answer(model, fresh, ExitPolicy.full(2), NEW)[0]
-    assert certify.loss_per_prompt(harm, 0.25, outcome, reference).mean() <= risk
+    assert survey.loss_per_prompt(harm, 0.25, outcome, reference).mean() <= risk
     if harm == "regret":
         assert outcome.trace.mean_depth < 4, "a certificate for never leaving is no feat"
 
@@ -106,11 +106,39 @@ def test_impossible_requests_are_named_at_once(model):
 def test_exits_that_harm_are_refused_rather_than_certified(model):
     """A selection that flatters the exits: certification sees what they really do."""
     asked = questions(80)
-    found = certify.survey(model, questions(20, seed=5), NEW)
+    found = survey.survey(model, questions(20, seed=5), NEW)
     found.regret[:] = 0
     with pytest.raises(certify.Refused, match="no policy was certified.*mean harm 0"):
         calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
     assert model.policy == ExitPolicy.full(2) and model.certificate is None
+
+
+def test_harm_that_grows_in_rehearsal_is_allowed_for(model, monkeypatch):
+    asked, settings = questions(80), dict(risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW)
+    found, first = survey.survey(model, questions(40, seed=5), NEW), certify.rehearse
+    promised = {}
+    for factor in (None, 0.5, 4.0):
+        rehearsed = []
+
+        def rehearse(*args, factor=factor, rehearsed=rehearsed):
+            free, surveyed = first(*args)
+            rehearsed.append(args[-1])
+            return (free, surveyed) if factor is None else (factor * surveyed, surveyed)
+
+        monkeypatch.setattr(certify, "rehearse", rehearse)
+        certificate = calibrate(model, asked, selection=found, **settings)
+        assert 1 <= len(rehearsed) <= 2 and certificate.certified <= 0.1
+        promised[factor] = certificate.predicted["harm"]
+    assert promised[4.0] < 0.6 * promised[0.5] and promised[4.0] <= promised[None] <= promised[0.5]
+
+
+def test_a_rehearsal_is_of_the_selection_prompts(model):
+    found = survey.survey(model, questions(12, seed=5), NEW)
+    request = certify.Request(0.1, 0.2, None, "regret", 0.25, "wsr", NEW, 32, 0)
+    free, surveyed = certify.rehearse(model, found, request, (0.02, 0.02))
+    outcome = outcomes.observe(model, questions(12, seed=5), ExitPolicy((0.02, 0.02)), NEW)
+    assert free.tolist() == survey.loss_per_prompt("regret", 0.25, outcome, None)[np.unique(found.rows)].tolist()
+    assert surveyed.shape == free.shape and surveyed.max() > 0
 
 
 def test_a_certificate_of_other_weights_warns_loudly(model, tmp_path, caplog):

@@ -51,10 +51,12 @@ def test_the_fit_is_that_of_least_squares(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(300, 32, generator=generator) + 1, torch.randn(300, 3 * 2 * 16, generator=generator)
     moments = Moments()
+    weight = torch.rand(300, generator=generator)
     for part in range(0, 300, 100):
-        moments.add(x[part : part + 100], y[part : part + 100])
+        moments.add(*(values[part : part + 100] for values in (x, y, weight)))
     fill.fit(moments, pack)
-    expected = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], 1).double(), y.double()).solution
+    root = weight.double().sqrt()[:, None]
+    expected = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], 1) * root, y * root).solution
     assert torch.allclose(fill.weight.flatten(0, 2).T, expected[:-1].float(), atol=1e-4)
     assert torch.allclose(fill.bias.flatten(), expected[-1].float(), atol=1e-4)
 
@@ -70,6 +72,26 @@ def test_a_fit_is_nearer_to_what_the_blocks_make_and_starts_as_their_own(family)
     after = [errors(model, depth, fill) for depth, fill in zip(model.depths, model.exits.fills, strict=True)]
     assert sum(after[0]) < 0.7 * sum(before[0]), (before, after)
     assert after[1][0] < 0.01, "the block right behind an exit gets the very state that it expects"
+
+
+def test_what_a_gate_is_sure_of_is_fitted_to():
+    """A map may forget what never leaves: each half of the states is met better by the map that its gate asks for."""
+    found = []
+    for sign in (1, -1):
+        model, batch = made("llama", gate="linear"), rows(200)
+        gate = model.exits.gates[0]
+        with torch.no_grad():
+            gate.read.weight.zero_()[0, 0], gate.read.bias[:] = 40.0 * sign, 0.0
+        model.requires_grad_(False)
+        fit_fills(model, batch)
+        states = fills._states(model.view, batch["input_ids"], batch["attention_mask"], 1)
+        pack, sure = model.view.projections, model.exits.gates[0].score(states[1]) > 0.5
+        wanted = torch.cat([fills._linear(pack, depth, pack.unit(states[depth])) for depth in (1, 2, 3)], 1)
+        weight, bias = model.exits.fills[0].of(1, 4)
+        error = (pack.unit(states[1]).detach() @ weight.flatten(0, 2).T + bias.flatten() - wanted).square().mean(1)
+        sure = sure if sign == 1 else ~sure  # of the first gate, both times
+        found.append([float(error[sure].mean()), float(error[~sure].mean())])
+    assert found[0][0] < 0.95 * found[1][0] and found[1][1] < 0.95 * found[0][1], found
 
 
 def test_decoding_reads_what_the_fit_wrote():

@@ -72,9 +72,9 @@ def test_fitted_gates_tell_what_can_be_told(llama):
     """Harm that a direction of the state decides is found, each exit's by its own gate; where nothing tells, nothing is
     found; a baseline is left alone; the same seed, the same gate."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(12000, 3, 32, generator=generator)
+    states = torch.randn(24000, 3, 32, generator=generator)
     no_harm = torch.stack(
-        [states[:, 0, 3] > 1, states[:, 1, 7] < 0.5, torch.rand(12000, generator=generator) > 0.5], 1
+        [states[:, 0, 3] > 1, states[:, 1, 7] < 0.5, torch.rand(24000, generator=generator) > 0.5], 1
     )
     found = []
     for _ in range(2):

@@ -22,7 +22,7 @@ ROWS = [
     + ["fills", "exits", "objective", "closed_form", *GRAPHS],
     ["lanes", "members", "record", "walk", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "states", "gates", "measure", "outcomes", "certify"]
+    ["rows", "states", "gates", "measure", "outcomes", "survey", "certify"]
     + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness", "plain", "parts", "folder", "export"],
 ]

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaptive import EarlyExitModel, ExitConfig, ExitPolicy, certify, outcomes
+from adaptive import EarlyExitModel, ExitConfig, ExitPolicy, certify, outcomes, survey
 from adaptive.calibration import rouge_l
 from adaptive.prompts import encode
 
@@ -139,7 +139,7 @@ def test_closed_exits_cost_nothing_in_the_lines(report, run):
     full = np.mean([model.costs.by_exit(context, [False] * 3)[-1] for context in contexts])
     regret = np.tile([9.0, 0.0, 9.0], (8, 1))
     none = np.zeros((4, 0), int)
-    found = certify.Survey(np.random.default_rng(0).random((8, 3)), regret, costs, full, np.arange(8) // 2, none, none)
+    found = survey.Survey(np.random.default_rng(0).random((8, 3)), regret, costs, full, np.arange(8) // 2, none, none)
     alone = np.mean([model.costs.by_exit(context, [False, True, False])[1] for context in contexts]) / full
     line = report.frontier_line(found, model, {"harm": "regret", "tolerance": 0.25})
     assert line[-1] == [pytest.approx(alone, abs=1e-12), 0.0]
@@ -150,14 +150,14 @@ def test_nothing_is_measured_twice(report, copied, made, monkeypatch):
         raise AssertionError("measured again")
 
     observe, counted = outcomes.observe, []
-    for place, name in ((outcomes, "observe"), (certify, "survey"), (EarlyExitModel, "generate")):
+    for place, name in ((outcomes, "observe"), (survey, "survey"), (EarlyExitModel, "generate")):
         monkeypatch.setattr(place, name, refuse)
     again = report.main(configure(report, copied))
     assert {**again, "date": "", "command": ""} == {**made, "date": "", "command": ""}
     # An interrupted run lacks some parts: those are made, and only those.
     monkeypatch.undo()
     monkeypatch.setattr(outcomes, "observe", lambda *args: counted.append(args[2]) or observe(*args))
-    monkeypatch.setattr(certify, "survey", refuse)
+    monkeypatch.setattr(survey, "survey", refuse)
     (copied / "report" / "parts" / "budget-0.7.json").unlink()
     again = report.main(configure(report, copied))
     assert again["points"] == made["points"] and len(counted) == 1
@@ -270,7 +270,7 @@ def test_help_and_typos_answer_at_once():
 
 def test_a_kept_survey_is_the_survey(run):
     model, parts = EarlyExitModel.from_pretrained(str(run)), json.loads((run.parent / "prompts.json").read_text())
-    fresh = certify.survey(model, encode(parts["select"], certify.load_tokenizer(model)), NEW)
+    fresh = survey.survey(model, encode(parts["select"], certify.load_tokenizer(model)), NEW)
     kept = load_file(run / "calibration" / "survey.safetensors")
     assert set(kept) == set(vars(fresh))
     for name, value in vars(fresh).items():

@@ -10,7 +10,7 @@ import yaml
 from conftest import LAYERS, VOCAB, script, tiny
 from safetensors.numpy import load_file
 
-from adaptive import EarlyExitModel, ExitConfig, certify, data, ranking, states
+from adaptive import EarlyExitModel, ExitConfig, data, ranking, states, survey
 from adaptive.config import ConfigError, LossConfig, TrainConfig
 from adaptive.rows import load_rows, take, to_batch
 
@@ -101,17 +101,17 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
     model = EarlyExitModel.from_pretrained(studied / name, dtype=torch.float32)
     found, record = load_file(studied / f"{name}.safetensors"), json.loads((studied / f"{name}.json").read_text())
     asked = json.loads((place / "prompts.json").read_text())["certify"]
-    survey = certify.survey(model, asked, 6)
+    expected = survey.survey(model, asked, 6)
     later = found["place"] > 0
-    assert np.array_equal(found["row"][later], survey.rows)
-    assert np.allclose(found["gate"][later], survey.scores, atol=1e-4)
-    assert np.allclose(found["regret"][later], survey.regret, atol=1e-3)
+    assert np.array_equal(found["row"][later], expected.rows)
+    assert np.allclose(found["gate"][later], expected.scores, atol=1e-4)
+    assert np.allclose(found["regret"][later], expected.regret, atol=1e-3)
     priced = [model.costs.by_exit(context) for context in found["context"][later]]
-    assert np.array_equal(priced, survey.costs)
+    assert np.array_equal(priced, expected.costs)
     for score in ("max_prob", "margin", "entropy", "similarity"):
         gates = EarlyExitModel.from_pretrained(studied / name, dtype=torch.float32)
         gates.exits.gates = torch.nn.ModuleList(type(gate)(gates.view, score) for gate in gates.exits.gates)
-        assert np.allclose(found[score][later], certify.survey(gates, asked, 6).scores, atol=1e-4), score
+        assert np.allclose(found[score][later], survey.survey(gates, asked, 6).scores, atol=1e-4), score
     assert record["training"]["tokens"] == 6 * 4 * 8 and record["training"]["different_tokens"] <= 23 * 8
     assert {"command", "commit", "machine", "versions", "date"} <= set(record)
 

@@ -82,7 +82,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from adaptive import certify
+from adaptive import certify, survey
 from adaptive.calibration import Certificate, needed_prompts, spend
 from adaptive.data import digest, read_texts
 from adaptive.model import EarlyExitModel
@@ -194,17 +194,17 @@ def put_aside_other(folder: Path, config: CalibrationConfig, weights: str, promp
         write_json(path, record)
 
 
-def surveyed(model: EarlyExitModel, prompts: list, config: CalibrationConfig, path: Path) -> certify.Survey:
+def surveyed(model: EarlyExitModel, prompts: list, config: CalibrationConfig, path: Path) -> survey.Survey:
     """Returns the survey of the selection prompts, from its file if it was made before."""
     try:
         arrays = load_file(path)
     except (FileNotFoundError, SafetensorError):
         ids = encode(prompts, certify.load_tokenizer(model))
-        found = certify.survey(model, ids, config.max_new_tokens, config.batch_size)
+        found = survey.survey(model, ids, config.max_new_tokens, config.batch_size)
         # safetensors writes a view's memory as it lies, strided or not.
         arrays = {name: np.array(value, order="C") for name, value in vars(found).items()}
         put(path, lambda temporary: save_file(arrays, temporary))
-    return certify.Survey(**arrays | {"full_cost": float(arrays["full_cost"])})
+    return survey.Survey(**arrays | {"full_cost": float(arrays["full_cost"])})
 
 
 def table(config: CalibrationConfig, certificates: dict[str, Certificate]) -> str:

@@ -286,7 +286,7 @@ def checkpoint(run: Run, step: int) -> None:
 
 
 def finish(run: Run) -> dict:
-    """Fits the gates, saves model and summary, says what came out, and returns the summary."""
+    """Fits gates and K/V, saves model and summary, says what came out, and returns the summary."""
     summary = {"config": record_of(run.config), **run.progress}
     if run.config.mode != "frozen":
         summary["perplexity_after"] = full_depth_perplexity(run)
@@ -294,7 +294,7 @@ def finish(run: Run) -> dict:
         run.accelerator.print(told.format(**summary))
     parts = (run.rows, run.held_out) if run.plain.exits.gates[0].learned else ()  # every process finds the same
     found = [collect(run.judged, part, run.accelerator.device, run.config.seed) for part in parts]
-    model = save_model(run, run.folder, *found[:1])
+    model = save_model(run, run.folder, True, *found[:1])
     if run.accelerator.is_main_process:
         summary["gates"] = figures(model.exits.gates, *found[1], model.depths) if found else None
         write_json(run.folder / "summary.json", summary)
@@ -303,9 +303,9 @@ def finish(run: Run) -> dict:
     return summary
 
 
-def save_model(run: Run, folder: Path, examples: tuple[Tensor, Tensor] | None = None) -> EarlyExitModel:
+def save_model(run: Run, folder: Path, last: bool = False, examples: tuple | None = None) -> EarlyExitModel:
     """Writes the model for `EarlyExitModel.from_pretrained`, put together again where it lies in pieces, after fitting
-    its gates to examples if there are any; returns what the main process wrote."""
+    its gates to examples if there are any, and K/V to what will leave; returns what the main process wrote."""
     model = run.plain
     if run.sharded:
         tensors = run.accelerator.get_state_dict(run.prepared)
@@ -313,10 +313,10 @@ def save_model(run: Run, folder: Path, examples: tuple[Tensor, Tensor] | None = 
             model = build_model(run.config, torch.device("cpu"), run.accelerator.mixed_precision)
             model.load_state_dict(tensors)
     if run.accelerator.is_main_process:
-        if run.config.mode != "frozen":  # what skipped blocks would have made has moved
-            fit_fills(model, run.rows)
         if examples is not None:
             fit_gates(model.exits.gates, *examples, run.config.seed)
+        if last or run.config.mode != "frozen":  # what skipped blocks would have made has moved
+            fit_fills(model, run.rows)
         model.save_pretrained(folder)
     run.accelerator.wait_for_everyone()
     return model
