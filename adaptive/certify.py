@@ -24,10 +24,10 @@ from adaptive.survey import Survey, harm_of_answers, loss_per_prompt, survey
 
 logger = logging.getLogger(__name__)
 HARMS = ("regret", "disagreement", "sequence")
-CAUTION = 0.95  # aim for a bound this far below the risk
+CAUTION = 0.9  # aim for a bound this far below the risk: a rehearsal is of prompts that have chosen
 SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
 REHEARSALS, CLOSE = 2, 0.8  # most of them, and the share of the earlier harm from which on another one changes little
-RETREAT = 0.5  # the second attempt allows this share of the harm that the first one was promised
+RETREAT = 0.7  # the second attempt allows this share of the harm that the first one was promised
 
 
 class Refused(ValueError):
