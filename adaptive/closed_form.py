@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adaptive.exits import Head
+from adaptive.exits import ADAPTED, Head
 from adaptive.objective import full_states
 from adaptive.screen import low_rank
 
@@ -28,7 +28,7 @@ def fit_exits(model, rows: dict[str, Tensor]) -> None:
     """
     view, exits, labels = model.view, model.exits, rows["labels"]
     exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
-    linear = [index for index, head in enumerate(exits.heads) if head.kind == "linear"]
+    linear = [index for index, head in enumerate(exits.heads) if head.kind in ADAPTED]
     enough = HEAD_STATES if linear else SCREEN_STATES if exits.screen is not None else 0
     if not enough:
         return

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from adaptive.checked import Checked, ConfigError, build
 
-Head = Literal["norm", "linear", "mlp", "block"]
+Head = Literal["norm", "linear", "mlp", "linear_mlp", "block"]
 Gate = Literal["linear", "mlp", "max_prob", "margin", "entropy", "similarity"]
 
 
@@ -19,9 +19,10 @@ class ExitConfig(Checked):
 
     Attributes:
         depths: number of decoder blocks run before each exit, ascending
-        head: state -> logits: own norm (norm), low-rank adapter (linear), gated MLPs (mlp), decoder blocks (block)
-        rank: rank of a linear head's adapter
-        layers: number of MLPs or decoder blocks in an mlp or block head
+        head: state -> logits: own norm (norm), low-rank adapter (linear), gated MLPs (mlp), the one and then the other
+            (linear_mlp), decoder blocks (block)
+        rank: rank of the adapter in a linear or linear_mlp head
+        layers: number of MLPs or decoder blocks in an mlp, linear_mlp or block head
         head_kv: keys and values that a block head attends to: its own, or the backbone's at that depth (shared)
         shortlist: number of vocabulary entries that a head reads; none = all of them
         screen: rank of a preview of the LM head that picks each token's shortlist; none = one list, of frequent entries
@@ -80,7 +81,7 @@ class ExitConfig(Checked):
             found.append(f"`shortlist` has {large}; this backbone's vocabulary has {vocab_size} entries: lower it")
         if (num_layers, None) in zip(self.depths, self.per_exit("shortlist")):
             found.append(f"`depths` has {num_layers}, the full depth: leave it out or give its exit a `shortlist`")
-        if self.layers > num_layers and {"block", "mlp"} & set(self.per_exit("head")):
+        if self.layers > num_layers and {"block", "mlp", "linear_mlp"} & set(self.per_exit("head")):
             found.append(f"`layers` is {self.layers}; heads are copied from the backbone's {num_layers} blocks")
         if found:
             raise ConfigError("ExitConfig", found)

@@ -19,6 +19,7 @@ from adaptive.losses import prior_shift
 from adaptive.screen import Screen, exact_logits
 from adaptive.turned import turned
 
+ADAPTED = ("linear", "linear_mlp")  # heads with a low-rank residual adapter
 BASELINES = ("max_prob", "margin", "entropy", "similarity")
 
 
@@ -61,8 +62,9 @@ class Head(nn.Module):
 
     Args:
         backbone: source of the norm, of copied MLPs and of copied blocks.
-        kind: "norm", "linear" (low-rank residual adapter), "mlp" (residual gated MLPs) or "block" (decoder blocks).
-        rank: of the "linear" adapter.
+        kind: "norm", "linear" (low-rank residual adapter), "mlp" (residual gated MLPs), "linear_mlp" (an adapter, and
+            then MLPs that add nothing at first) or "block" (decoder blocks).
+        rank: of the adapter.
         layers: number of MLPs or blocks, copied from the backbone's last ones.
     """
 
@@ -70,12 +72,15 @@ class Head(nn.Module):
         super().__init__()
         self.kind = kind
         self.sources = range(backbone.num_layers - layers, backbone.num_layers)
-        if kind == "linear":
+        if kind in ADAPTED:
             self.down = nn.Linear(backbone.hidden_size, rank, bias=False)
             self.up = nn.Linear(rank, backbone.hidden_size, bias=False)
             nn.init.zeros_(self.up.weight)
-        elif kind == "mlp":
+        if kind in ("mlp", "linear_mlp"):
             self.mlps = nn.ModuleList(GatedMLP(backbone, plain_copy(backbone.blocks[i])) for i in self.sources)
+            if kind == "linear_mlp":  # the adapter has made the last state already, which the copies do not expect
+                for mlp in self.mlps:
+                    nn.init.zeros_(mlp.down.weight)
         elif kind == "block":
             self.blocks = nn.ModuleList(plain_copy(backbone.blocks[i]) for i in self.sources)
         self.norm = copy.deepcopy(backbone.norm)
@@ -88,9 +93,9 @@ class Head(nn.Module):
             state: [batch, tokens, hidden] at the exit's depth.
             calls: arguments of the copied blocks (kind "block" only), from `Backbone.start`.
         """
-        if self.kind == "linear":
+        if self.kind in ADAPTED:
             state = state + self.up(self.down(state))
-        elif self.kind == "mlp":
+        if self.kind in ("mlp", "linear_mlp"):
             for mlp in self.mlps:
                 state = mlp(state)
         elif self.kind == "block":

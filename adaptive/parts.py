@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from adaptive import graphs, recipes
 from adaptive.data import digest
+from adaptive.exits import ADAPTED
 from adaptive.losses import prior_shift
 from adaptive.quantize import quantize, quantize_rows, restore
 
@@ -150,8 +151,8 @@ class Writer:
         head, path = self.model.exits.heads[index], self.path(f"exit_{index}")
         norm = recipes.norm(head.norm)
         if head.kind != "block":
-            pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind == "linear" else None
-            mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in head.mlps] if head.kind == "mlp" else []
+            pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind in ADAPTED else None
+            mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in getattr(head, "mlps", ())]
             capped = None if rows is None else (rows, self.view.softcap)
             graphs.head(path, norm, self.shape, self.bits, pair, mlps, capped, filled)
             return None, []

@@ -38,7 +38,7 @@ KINDS = {
     "mixed": dict(head=["linear", "mlp"], layers=2, shortlist=[None, 40], gate="mlp"),
     "block": dict(head="block"),
     "shared": dict(head="block", head_kv="shared", layers=2),
-    "screen": dict(head=["mlp", "norm"], shortlist=24, screen=8),
+    "screen": dict(head=["linear_mlp", "norm"], shortlist=24, screen=8),
     "last": dict(depths=[2, 4], head="norm", shortlist=40),
     "max_prob": dict(head="norm", gate="max_prob"),
     "margin": dict(head="norm", shortlist=30, gate="margin"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, tiny
 from test_model import batch
 from test_parity import with_exits
 
@@ -40,14 +40,33 @@ def test_a_linear_head_starts_at_the_least_squares_map(family):
         assert torch.allclose(wide(x), head(x), atol=1e-3)
 
 
-def test_linear_heads_start_alike_with_and_without_kept_states(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_mlps_behind_an_adapter_add_nothing_at_first_and_learn(family):
+    state, generator = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)), torch.Generator()
+    plain, both = (
+        EarlyExitModel.from_backbone(tiny(family), ExitConfig(depths=[2], head=head)).exits.heads[0]
+        for head in ("linear", "linear_mlp")
+    )
+    with torch.no_grad():
+        plain.up.weight.normal_(generator=generator.manual_seed(2))
+    both.load_state_dict(plain.state_dict(), strict=False)
+    assert len(both.mlps) == 1 and torch.equal(both(state), plain(state))
+    both(state)[:, 0].sum().backward()
+    assert both.mlps[0].down.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        both.mlps[0].down.weight.normal_(generator=generator)
+    assert not torch.allclose(both(state), plain(state), atol=1e-3)
+
+
+@pytest.mark.parametrize("head", ["linear", "linear_mlp"])
+def test_linear_heads_start_alike_with_and_without_kept_states(tmp_path, head):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (12, 16), generator=generator)
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     rows["labels"][:, :5] = -100
     found = []
     for keep in (False, True):
-        model = with_exits("llama", depths=(1, 3), head="linear", rank=8)
+        model = with_exits("llama", depths=(1, 3), head=head, rank=8)
         fit_exits(model, with_states(model, rows, tmp_path) if keep else rows)
         found.append(torch.cat([head(torch.ones(1, 32)).flatten() for head in model.exits.heads]))
         assert not torch.equal(model.exits.heads[0].up.weight, torch.zeros(32, 8))

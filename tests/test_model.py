@@ -318,7 +318,7 @@ def test_unknown_model_says_what_was_looked_for_and_how_to_name_it():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_every_head(family):
-    for head in ("linear", "mlp", "block"):
+    for head in ("linear", "mlp", "linear_mlp", "block"):
         model = EarlyExitModel(tiny(family), ExitConfig(depths=[2], head=head)).train()
         out = model(**batch(), attention_mask=torch.ones(2, 10, dtype=torch.long))
         out.loss.backward()
