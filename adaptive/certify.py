@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 HARMS = ("regret", "disagreement", "sequence")
 CAUTION = 0.9  # aim for a bound this far below the risk: a rehearsal is of prompts that have chosen
 SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
-REHEARSALS, CLOSE = 2, 0.8  # most of them, and the share of the earlier harm from which on another one changes little
 RETREAT = 0.7  # the second attempt allows this share of the harm that the first one was promised
 
 
@@ -51,7 +50,7 @@ def choose(
         n: prompts that will certify.
         delta: of the attempt.
         most: largest mean harm per token to consider.
-        rehearsed: sums over calls of `rehearse`: harms are taken to grow in free generation as they did there.
+        rehearsed: from `rehearse`: harms are taken to grow in free generation as they did there.
     """
     arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
     by_token = request.harm in ("regret", "disagreement")
@@ -74,7 +73,7 @@ def choose(
         thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)
     else:
         low, high, thresholds = 0.0, most, np.full(found.scores.shape[1], np.inf)
-        for _ in range(10 if by_token else 5):
+        for _ in range(8 if by_token else 5):
             middle = (low + high) / 2
             tried = ranking.rank_thresholds(*arrays, found.full_cost, middle, found.rows)
             if passes(tried):
@@ -239,12 +238,8 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
             break  # the second attempt's smaller delta needs more
         thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
         if by_risk and rehearsed is None and request.harm in ("regret", "disagreement"):
-            for _ in range(REHEARSALS):
-                before, harms = promise["harm"], rehearse(model, found, request, thresholds)
-                rehearsed = harms if rehearsed is None else tuple(map(np.add, rehearsed, harms))
-                thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
-                if promise["harm"] >= CLOSE * before:
-                    break
+            rehearsed = rehearse(model, found, request, thresholds)
+            thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
         if by_risk and not np.isfinite(thresholds).any():
             logger.warning("no exit can be opened on %d prompts at a risk of %s: never leaving", len(prompts), epsilon)
         outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)

@@ -127,7 +127,7 @@ def test_harm_that_grows_in_rehearsal_is_allowed_for(model, monkeypatch):
 
         monkeypatch.setattr(certify, "rehearse", rehearse)
         certificate = calibrate(model, asked, selection=found, **settings)
-        assert 1 <= len(rehearsed) <= 2 and certificate.certified <= 0.1
+        assert len(rehearsed) == 1 and certificate.certified <= 0.1
         promised[factor] = certificate.predicted["harm"]
     assert promised[4.0] < 0.6 * promised[0.5] and promised[4.0] <= promised[None] <= promised[0.5]
 
