@@ -65,6 +65,7 @@ def crc_bound(losses, delta):
     return float((losses.sum() + 1) / (len(losses) + 1))
 
 
+BY_TOKEN = ("regret", "disagreement")  # harms of a token; others are of a whole answer
 BOUNDS = {"wsr": wsr_bound, "hb": hoeffding_bentkus_bound, "crc": crc_bound}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from adaptive import __version__
+from adaptive.calibration import BY_TOKEN
 
 _TEMPLATE = """---
 library_name: adaptive
@@ -62,7 +63,7 @@ def _guarantee(certificate) -> str:
         return "Nothing yet: the exits are not calibrated, and the model runs at full depth until they are."
     c = certificate
     asked = f"asked for: {c.epsilon}" if c.kind == "risk" else "of a compute budget"
-    per = "token" if c.harm in ("regret", "disagreement") else "answer"
+    per = "token" if c.harm in BY_TOKEN else "answer"
     if c.bound == "crc":
         sure = "On average over draws of the prompts"
     else:

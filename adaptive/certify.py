@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptive import calibration, ranking
-from adaptive.calibration import Certificate
+from adaptive.calibration import BY_TOKEN, Certificate
 from adaptive.data import digest
 from adaptive.outcomes import Outcome, answer, observe
 from adaptive.policy import ExitPolicy
@@ -23,7 +23,7 @@ from adaptive.storage import model_digest
 from adaptive.survey import Survey, harm_of_answers, loss_per_prompt, survey
 
 logger = logging.getLogger(__name__)
-HARMS = ("regret", "disagreement", "sequence")
+HARMS = (*BY_TOKEN, "sequence")
 CAUTION = 0.9  # aim for a bound this far below the risk: a rehearsal is of prompts that have chosen
 SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
 RETREAT = 0.7  # the second attempt allows this share of the harm that the first one was promised
@@ -53,9 +53,10 @@ def choose(
         rehearsed: from `rehearse`: harms are taken to grow in free generation as they did there.
     """
     arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
-    by_token = request.harm in ("regret", "disagreement")
+    by_token = request.harm in BY_TOKEN
 
     def passes(thresholds: np.ndarray) -> bool:
+        """Returns whether they would be certified, as far as survey and rehearsal tell."""
         if by_token:
             harms = ranking.predicted(thresholds, *arrays, found.rows)[0]
         else:
@@ -229,7 +230,7 @@ def _require_enough(certifying: int, quartered: bool, request: Request) -> None:
 def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -> Certificate:
     """Returns the certificate of the first choice that passes; the second one is more careful than the first."""
     reference = None
-    if request.harm not in ("regret", "disagreement"):
+    if request.harm not in BY_TOKEN:
         full = ExitPolicy.full(model.num_exits)
         reference = answer(model, prompts, full, request.max_new_tokens, request.batch_size)[0]
     by_risk, most, epsilon = request.budget is None, request.risk, request.risk if request.budget is None else 1.0
@@ -238,7 +239,7 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
         if by_risk and len(prompts) < calibration.needed_prompts(request.risk, delta, request.bound):
             break  # the second attempt's smaller delta needs more
         thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
-        if by_risk and rehearsed is None and request.harm in ("regret", "disagreement"):
+        if by_risk and rehearsed is None and request.harm in BY_TOKEN and np.isfinite(thresholds).any():
             rehearsed = rehearse(model, found, request, thresholds)
             thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
         if by_risk and not np.isfinite(thresholds).any():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptive import calibration
+from adaptive.calibration import BY_TOKEN
 from adaptive.outcomes import Outcome, answer
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import padded
@@ -61,7 +62,7 @@ def survey(model, prompts: list[list[int]], max_new_tokens: int, batch_size: int
 
 def loss_per_prompt(harm: str | Callable, tolerance: float, outcome: Outcome, reference: list | None) -> np.ndarray:
     """Returns one number in [0, 1] per prompt: the mean harm of its tokens, or the harm of its whole answer."""
-    if harm in ("regret", "disagreement"):
+    if harm in BY_TOKEN:
         limit = tolerance if harm == "regret" else 0.0
         harmed = np.where(np.isnan(outcome.regret), np.nan, outcome.regret > limit)
         return np.nanmean(harmed, axis=1)

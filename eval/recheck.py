@@ -49,7 +49,7 @@ import numpy as np
 import torch
 
 from adaptive import certify, survey
-from adaptive.calibration import rouge_l
+from adaptive.calibration import BY_TOKEN, rouge_l
 from adaptive.model import EarlyExitModel
 from adaptive.outcomes import observe
 from adaptive.policy import ExitPolicy
@@ -66,7 +66,7 @@ def main(config: RecheckConfig) -> dict:
     """
     model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
     certificate = model.certificate
-    if certificate is None or certificate.harm not in ("regret", "disagreement"):
+    if certificate is None or certificate.harm not in BY_TOKEN:
         raise ValueError(f"{config.run} has no certificate of harm per token; run train/calibrate.py with such a harm")
     seen = json.loads(Path(config.seen).read_text()) if config.seen else {}
     known = {str(prompt) for part in seen.values() for prompt in part}

@@ -1,8 +1,8 @@
-"""What is fitted without an exit's step: linear heads before the first one, gates after the last."""
+"""Heads and gates: what is fitted before the first step and after the last, and that every head takes steps."""
 
 import pytest
 import torch
-from conftest import VOCAB, tiny
+from conftest import FAMILIES, VOCAB, tiny
 from test_model import batch
 from test_parity import with_exits
 
@@ -128,3 +128,12 @@ def test_gates_are_fitted_to_no_more_rows_than_they_need(llama):
     fit_gates(model.exits.gates, *nothing, seed=0)
     assert nothing[0].shape == (0, 2, 32) and all(map(torch.equal, before, model.exits.gates.parameters()))
     assert figures(model.exits.gates, *nothing, model.depths)["exit_1/auc"] is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_every_head(family):
+    for head in ("linear", "mlp", "linear_mlp", "block"):
+        model = EarlyExitModel(tiny(family), ExitConfig(depths=[2], head=head)).train()
+        out = model(**batch(), attention_mask=torch.ones(2, 10, dtype=torch.long))
+        out.loss.backward()
+        assert all(p.grad is not None for p in model.exit_parameters())
