@@ -101,7 +101,8 @@ def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple
 
 
 def _growth(rehearsed: tuple | None, generator: np.random.Generator) -> float:
-    """Returns the factor, at least 1, by which harm grew on rehearsed prompts, as others might have been."""
+    """Returns the factor, at least 1, by which harm grew on rehearsed prompts, as others might have been; 1 where the
+    survey found none there to grow."""
     if rehearsed is None:
         return 1.0
     again = generator.integers(0, len(rehearsed[0]), len(rehearsed[0]))

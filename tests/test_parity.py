@@ -166,6 +166,16 @@ def test_what_a_screened_exit_says_of_many_states_is_what_it_says_of_one(family)
     assert 0 < (expected != model.view.logits(states).argmax(-1)).float().mean() < 1, "the screen decides some"
 
 
+def test_what_a_screened_exit_says_among_candidates_is_the_best_that_the_screen_shows():
+    model = with_exits("llama", depths=(2, 4), head="norm", shortlist=30, screen=12)
+    states, among = fitted(model), torch.arange(1, VOCAB, 3)
+    word = among[model.view.logits(states)[:, among].argmax(-1)]
+    shown = (model.exits.screen(states, 30) == word[:, None]).any(1)
+    assert 0 < shown.float().mean() < 1
+    expected = torch.where(shown, word, best(*model.exits.logits(model.view, 1, states)))
+    assert torch.equal(model.exits.said(model.view, 1, states, 16, among), expected)
+
+
 def test_screened_rows_are_what_they_are_alone():
     model = with_exits("llama", depths=(2, 4), shortlist=10, screen=8)
     fitted(model)
