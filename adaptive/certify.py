@@ -66,7 +66,7 @@ def choose(
         generator, bounds = np.random.default_rng(request.seed), []
         for _ in range(20):
             other = generator.integers(0, len(harms), len(harms))  # another survey, as it might have been
-            grown = np.minimum(harms * _growth(rehearsed, generator), 1.0)
+            grown = np.minimum(harms * _growth(rehearsed), 1.0)
             bounds.append(calibration.BOUNDS[request.bound](grown[generator.choice(other, n)], delta))
         return np.quantile(bounds, SURE) <= CAUTION * request.risk
 
@@ -100,13 +100,11 @@ def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple
     return free, ranking.predicted(np.array(thresholds), *arrays, found.rows)[0][::2]
 
 
-def _growth(rehearsed: tuple | None, generator: np.random.Generator) -> float:
-    """Returns the factor, at least 1, by which harm grew on rehearsed prompts, as others might have been; 1 where the
-    survey found none there to grow."""
+def _growth(rehearsed: tuple | None) -> float:
+    """Returns the factor, at least 1, by which harm grew on rehearsed prompts; 1 where none was surveyed."""
     if rehearsed is None:
         return 1.0
-    again = generator.integers(0, len(rehearsed[0]), len(rehearsed[0]))
-    free, surveyed = (float(harms[again].sum()) for harms in rehearsed)
+    free, surveyed = (float(harms.sum()) for harms in rehearsed)
     return max(free / surveyed, 1.0) if surveyed else 1.0
 
 

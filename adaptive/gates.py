@@ -15,14 +15,12 @@ from adaptive.exits import Gate
 from adaptive.ranking import auc
 from adaptive.rows import Rows, take, to_batch
 
-# That gates are trained on: 16,384, 32,768 and 75,000 of them gave 0.789, 0.783 and 0.774 of the FLOPs at 2 % harm.
-MAX_TOKENS = 131072
-ROWS = 4  # in one pass
-PASSES, BATCH, RATE, DECAY = 3, 256, 3e-3, 0.05  # over these tokens; tokens per step; AdamW's
+PASSES, BATCH, RATE, DECAY = 3, 256, 3e-3, 0.05  # over the examples; at least so many of them per step; AdamW's
+STEPS = 4096  # at most: more examples make larger batches
 
 
 def collect(
-    model: nn.Module, rows: Rows, device: torch.device, seed: int, max_tokens: int = MAX_TOKENS
+    model: nn.Module, rows: Rows, device: torch.device, seed: int, max_tokens: int, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Returns examples for gates from training rows: states [tokens, exits, hidden] in bfloat16, and bool [tokens,
     exits], whether leaving there does no harm.
@@ -33,11 +31,12 @@ def collect(
         device: where batches go.
         seed: of the order of rows.
         max_tokens: labelled tokens after which no further batch is read.
+        batch_size: rows in one pass.
     """
     model.eval()
     order = torch.randperm(len(rows["labels"]), generator=torch.Generator().manual_seed(seed))
     found, count = [], 0
-    bar = tqdm(order.split(ROWS), desc="what gates learn from", unit="batch", leave=False)
+    bar = tqdm(order.split(batch_size), desc="what gates learn from", unit="batch", leave=False)
     for indices in bar:
         with torch.no_grad():
             states, no_harm = model(**to_batch(take(rows, indices), device), examples=True).examples
@@ -64,12 +63,13 @@ def fit_gates(gates: nn.ModuleList, states: Tensor, no_harm: Tensor, seed: int) 
 
 
 def _fit(gate: Gate, states: Tensor, no_harm: Tensor, generator: torch.Generator) -> None:
-    count, steps = len(states), max(PASSES * len(states) // BATCH, 1)
+    count, batch = len(states), max(BATCH, PASSES * len(states) // STEPS)
+    steps = max(PASSES * count // batch, 1)
     gate.prior.fill_(no_harm.float().mean().clamp(0.001, 0.999))
     optimizer = torch.optim.AdamW(gate.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(steps * BATCH // count + 1)])
-    for picked in order[: steps * BATCH].split(BATCH):
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(steps * batch // count + 1)])
+    for picked in order[: steps * batch].split(batch):
         picked = picked.to(states.device)
         seen, wanted = states[picked].to(gate.prior.device), no_harm[picked].to(gate.prior.device)
         losses.gate_loss(gate(seen), wanted, gate.prior).mean().backward()

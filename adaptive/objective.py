@@ -19,7 +19,7 @@ from adaptive.backbone import Backbone
 from adaptive.exits import Exits
 from adaptive.kv import SharedKV, TrainingKV, replace_cache
 
-CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
+CHUNK = 256, 4096  # positions whose logits over the whole vocabulary are held at once, on a CPU and elsewhere
 GATE_SHARE = 8  # while exits move, gates learn from one column of tokens in this many
 PRIOR_PACE = 0.05  # of the running frequency of "no harm"
 
@@ -69,8 +69,12 @@ def _positions(attention_mask: Tensor | None) -> Tensor | None:
 @torch.no_grad()
 def tops(view: Backbone, normed: Tensor, k: int) -> Tensor:
     """Returns the full model's best k vocabulary entries [N, k] for normed states [N, hidden], best first."""
-    chunks = [view.logits(chunk).topk(min(k, view.vocab_size)).indices for chunk in normed.split(CHUNK)]
+    chunks = [view.logits(chunk).topk(min(k, view.vocab_size)).indices for chunk in normed.split(_chunk(normed))]
     return torch.cat(chunks)
+
+
+def _chunk(states: Tensor) -> int:
+    return CHUNK[states.device.type != "cpu"]
 
 
 def exit_features(
@@ -129,7 +133,7 @@ def joint_loss(
             loss = loss + weights[index] * exit_loss / total
             metrics[f"exit_{depth}/loss"] = exit_loss.detach() / count
         with torch.no_grad():
-            said = exits.said(view, index, normed[picked], CHUNK, ids if model.training else None)
+            said = exits.said(view, index, normed[picked], _chunk(normed), ids if model.training else None)
         gate_loss, scores = _gate_loss(model, index, targets, states[index], said, picked, pace, metrics)
         loss = loss + gate_loss * scale / total
         expected, stay = expected + stay * scores * depth, stay * (1 - scores)
@@ -167,7 +171,7 @@ def gate_examples(
     every = torch.arange(len(targets.normed), device=final.device)
     for index, depth in enumerate(model.depths):
         normed = targets.pick(exit_features(view, exits, index, depth, at_exits[index], calls, cache))
-        no_harm.append(_does_no_harm(model, targets, every, exits.said(view, index, normed, CHUNK, among)))
+        no_harm.append(_does_no_harm(model, targets, every, exits.said(view, index, normed, _chunk(normed), among)))
     return torch.stack([targets.pick(state) for state in at_exits], 1), torch.stack(no_harm, 1)
 
 
@@ -217,7 +221,8 @@ class _Comparison:
 
     def _compared(self, normed: Tensor) -> Tensor:
         if self.exact:
-            return losses.in_chunks(self._whole, normed, self.targets.normed, self.targets.labels, chunk=CHUNK)
+            wanted = self.targets.normed, self.targets.labels
+            return losses.in_chunks(self._whole, normed, *wanted, chunk=_chunk(normed))
         return self._loss(self.view.logits(normed, self.ids), self.teacher, self.targets.labels, self.ids)
 
     def _whole(self, normed: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

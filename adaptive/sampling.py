@@ -13,7 +13,8 @@ def generators(seed: int | Sequence[int] | None, input_ids: Tensor) -> list[torc
     if not isinstance(seed, Sequence):
         base = int(torch.randint(2**62, ())) if seed is None else seed
         seed = range(base, base + len(input_ids))
-    return [torch.Generator(input_ids.device).manual_seed(each) for each in seed]
+    # On the CPU for every device: equal seeds draw the same everywhere, and a large batch launches nothing per row.
+    return [torch.Generator().manual_seed(each) for each in seed]
 
 
 def pick(scores: Tensor, sources: list | None, live: Sequence[int]) -> Tensor:
@@ -28,9 +29,10 @@ def draw(probabilities: Tensor, sources: list[torch.Generator], live: Sequence[i
     # One draw per row from its own generator, turned into an id by the inverse of the cumulated probabilities: the
     # work over the vocabulary is done for all rows at once.
     cumulated = probabilities.cumsum(-1)
-    draws = cumulated.new_zeros(len(probabilities), 1)
+    draws = torch.zeros(len(probabilities), 1)
     for row in live:
-        draws[row] = torch.rand((), generator=sources[row], device=draws.device)
+        draws[row] = torch.rand((), generator=sources[row])
+    draws = draws.to(cumulated)
     total = cumulated[:, -1:]
     # Strictly below the total: an entry of probability 0 behind the last possible one must not be hit by rounding.
     draws = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -52,7 +54,7 @@ def judge(
     wanted = scores.float().softmax(-1)
     for place, (draft, q) in enumerate(zip(drafts, proposed, strict=True)):
         p = wanted[place]
-        if torch.rand((), generator=source, device=p.device) * q[draft] < p[draft]:
+        if torch.rand((), generator=source) * q[draft] < p[draft]:
             continue
         rest = (p - q).clamp_min(0)
         # Rounding may leave nothing where both distributions are the same.

@@ -39,7 +39,8 @@ class Screen(nn.Module):
             raise ValueError(f"`screen` is {rank}; this backbone's states have {hidden} numbers: choose a lower rank")
         # Until it is fitted, the preview knows the first `rank` of the state's numbers: cheap, valid and poor.
         self.register_buffer("down", torch.eye(rank, hidden))
-        self.register_buffer("up", backbone.vocabulary(torch.arange(vocab))[0].detach()[:, :rank].float().clone())
+        every = torch.arange(vocab, device=backbone.head.weight.device)
+        self.register_buffer("up", backbone.vocabulary(every)[0].detach()[:, :rank].float().clone())
         self.register_buffer("bias", torch.zeros(vocab))
 
     @torch.no_grad()
@@ -75,8 +76,9 @@ class Screen(nn.Module):
         """Returns whether `forward` picks the entry `words` [N] for normed states [N, hidden]; bool [N]."""
         preview = self._preview(normed)
         limit = preview.gather(1, words[:, None])
-        # A few rows at a time, and in 32 bits: that fits a cache, and takes half the time.
-        above = [(some > least).sum(1, dtype=torch.int32) for some, least in zip(preview.split(16), limit.split(16))]
+        # On a CPU a few rows at a time, and in 32 bits: that fits a cache, and takes half the time.
+        pieces = [part.split(16 if part.device.type == "cpu" else max(len(part), 1)) for part in (preview, limit)]
+        above = [(some > least).sum(1, dtype=torch.int32) for some, least in zip(*pieces)]
         return torch.cat(above) < entries
 
     @turned

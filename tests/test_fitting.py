@@ -119,11 +119,11 @@ def test_gates_are_fitted_to_no_more_rows_than_they_need(llama):
     model = EarlyExitModel(llama, ExitConfig(depths=[1, 3]))
     ids = torch.randint(3, VOCAB, (20, 9), generator=torch.Generator().manual_seed(0))
     some = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    everything = collect(model, some, model.device, seed=0)
-    part = collect(model, some, model.device, seed=0, max_tokens=60)
+    settings = {"device": model.device, "seed": 0, "batch_size": 4}
+    everything, part = (collect(model, some, max_tokens=most, **settings) for most in (1000, 60))
     assert len(everything[0]) == 160 and len(part[0]) == 64
     assert torch.equal(part[0], everything[0][:64]) and torch.equal(part[1], everything[1][:64])
-    nothing = collect(model, some | {"labels": torch.full_like(ids, -100)}, model.device, seed=0)
+    nothing = collect(model, some | {"labels": torch.full_like(ids, -100)}, max_tokens=60, **settings)
     before = [p.clone() for p in model.exits.gates.parameters()]
     fit_gates(model.exits.gates, *nothing, seed=0)
     assert nothing[0].shape == (0, 2, 32) and all(map(torch.equal, before, model.exits.gates.parameters()))

@@ -293,7 +293,8 @@ def finish(run: Run) -> dict:
         told = "full depth on held-out rows: perplexity {perplexity_before:.3f} before, {perplexity_after:.3f} after"
         run.accelerator.print(told.format(**summary))
     parts = (run.rows, run.held_out) if run.plain.exits.gates[0].learned else ()  # every process finds the same
-    found = [collect(run.judged, part, run.accelerator.device, run.config.seed) for part in parts]
+    settings = run.accelerator.device, run.config.seed, run.config.gate_tokens, run.config.batch_size
+    found = [collect(run.judged, part, *settings) for part in parts]
     model = save_model(run, run.folder, True, *found[:1])
     if run.accelerator.is_main_process:
         summary["gates"] = figures(model.exits.gates, *found[1], model.depths) if found else None
@@ -331,8 +332,7 @@ def record_of(config: TrainConfig) -> dict:
 def start_trackers(run: Run) -> None:
     """Raises ValueError when the tracker asked for is not installed."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    record = record_of(run.config)
-    flat = {name: value if isinstance(value, int | float) else str(value) for name, value in record.items()}
+    flat = {k: value if isinstance(value, int | float) else str(value) for k, value in record_of(run.config).items()}
     run.accelerator.init_trackers("adaptive", config=flat, init_kwargs={"wandb": {"dir": run.config.output}})
     if run.config.log_with and run.accelerator.is_main_process and not run.accelerator.trackers:
         raise ValueError(f"`log_with` is {run.config.log_with!r}, which is not installed. Install it, or leave it out")
