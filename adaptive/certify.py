@@ -50,9 +50,10 @@ def choose(
         n: prompts that will certify.
         delta: of the attempt.
         most: largest mean harm per token to consider.
-        rehearsed: from `rehearse`: harms are taken to grow in free generation as they did there.
+        rehearsed: from `rehearse`: what leaving does beyond the token's own harm.
     """
-    arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
+    tolls, rest = rehearsed or (0.0, np.zeros(1))
+    arrays = (found.scores, np.minimum(found.harms(request.harm, request.tolerance) + tolls, 1.0), found.costs)
     by_token = request.harm in BY_TOKEN
 
     def passes(thresholds: np.ndarray) -> bool:
@@ -66,8 +67,8 @@ def choose(
         generator, bounds = np.random.default_rng(request.seed), []
         for _ in range(20):
             other = generator.integers(0, len(harms), len(harms))  # another survey, as it might have been
-            grown = np.minimum(harms * _growth(rehearsed), 1.0)
-            bounds.append(calibration.BOUNDS[request.bound](grown[generator.choice(other, n)], delta))
+            drawn = np.clip(harms[generator.choice(other, n)] + generator.choice(rest, n), 0.0, 1.0)
+            bounds.append(calibration.BOUNDS[request.bound](drawn, delta))
         return np.quantile(bounds, SURE) <= CAUTION * request.risk
 
     if request.budget is not None:
@@ -87,25 +88,24 @@ def choose(
 
 
 def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the harms of thresholds on every second selection prompt: in free generation, and as surveyed.
+    """Returns the toll of leaving at each exit [exits], harm done to later tokens, and what it leaves unexplained, per
+    prompt, as found in free generation on every second selection prompt.
 
     Those who left early have handed on K/V that blocks would have made otherwise, and words that the full model would
-    not have said: what follows is harmed more often than the survey knows, by a factor of 1 to 3 as seen so far.
+    not have said: what follows is harmed more often than the survey knows. A token's toll goes with the error of all
+    the K/V that it hands on (docs/recipes.md), so the excess is put down to the blocks that were skipped.
     """
     asked, picked = unpadded(found.prompts), np.unique(found.rows)[::2]
     some = [asked[prompt] for prompt in picked]
     outcome = observe(model, some, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
-    free = loss_per_prompt(request.harm, request.tolerance, outcome, None)
     arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
-    return free, ranking.predicted(np.array(thresholds), *arrays, found.rows)[0][::2]
-
-
-def _growth(rehearsed: tuple | None) -> float:
-    """Returns the factor, at least 1, by which harm grew on rehearsed prompts; 1 where none was surveyed."""
-    if rehearsed is None:
-        return 1.0
-    free, surveyed = (float(harms.sum()) for harms in rehearsed)
-    return max(free / surveyed, 1.0) if surveyed else 1.0
+    surveyed = ranking.predicted(np.array(thresholds), *arrays, found.rows)[0][::2]
+    excess = loss_per_prompt(request.harm, request.tolerance, outcome, None) - surveyed
+    trace = outcome.trace
+    skipped = 1 - np.array(trace.exits) / trace.layers
+    shares = np.append(skipped, 0.0)[trace.taken].sum(1) / trace.valid.sum(1)  # who ended has -1: the last, 0
+    rate = max(excess.mean(), 0.0) / shares.mean() if shares.any() else 0.0
+    return rate * skipped, excess - rate * shares
 
 
 @dataclass(frozen=True)

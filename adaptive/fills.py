@@ -9,9 +9,6 @@ from tqdm import tqdm
 
 from adaptive.kv import PackedFill
 
-# States that maps are fitted to: a quarter of what there is, within these bounds. The K/V of ten blocks have 19 % more
-# error after 4,000 states than after 17,000, 7 % more after 8,000, and 5 % less after 41,000.
-STATES = (4096, 16384)
 TRUST = 400  # states that the blocks' own projections are worth against them
 # What a state weighs: its gate's score, sharpened, as only what leaves needs a map, and that is what a gate is sure of.
 # And a little, lest the map forget the others. Behind block 16 of 30 the K/V of what leaves then have a quarter less
@@ -89,24 +86,27 @@ class Moments:
 
 
 @torch.no_grad()
-def fit_fills(model, rows: dict[str, Tensor]) -> None:
+def fit_fills(model, rows: dict[str, Tensor], max_tokens: int) -> None:
     """Fits every exit's `Fill` to what the backbone makes of the first training rows, above all of what would leave.
+
+    Prompts are left out: they never leave, and those of a chat begin alike, in states that are easy to map.
 
     Args:
         model: the `EarlyExitModel`; what its gates say is final.
-        rows: `input_ids`, `attention_mask` [rows, tokens].
+        rows: `input_ids`, `attention_mask`, `labels` [rows, tokens].
+        max_tokens: labelled tokens after which no further row is read.
     """
     view, exits = model.view, model.exits
     fills = {fill.depth: fill for fill in exits.fills if fill is not None}
-    if not fills or not view.packs:
+    count = min(int((rows["labels"] != -100).sum()), max_tokens)
+    if not fills or not view.packs or not count:
         return
     view.refresh()
     pack, moments = view.projections, {depth: Moments() for depth in fills}
     gates = {depth: gate for depth, gate in zip(model.depths, exits.gates, strict=True) if depth in fills}
-    enough = min(max(int(rows["attention_mask"].sum()) // 4, STATES[0]), STATES[1])
-    with tqdm(total=enough, desc="fitting K/V", unit="token", leave=False) as bar:
-        for some in torch.arange(len(rows["input_ids"])).split(ROWS):
-            batch = (rows[name][some].to(view.device) for name in ("input_ids", "attention_mask"))
+    with tqdm(total=count, desc="fitting K/V", unit="token", leave=False) as bar:
+        for some in torch.arange(len(rows["labels"])).split(ROWS):
+            batch = (rows[name][some].to(view.device) for name in ("input_ids", "attention_mask", "labels"))
             states = _states(view, *batch, min(fills))
             units = {depth: pack.unit(state).float() for depth, state in states.items()}
             wanted = [_linear(pack, depth, unit) for depth, unit in units.items()]
@@ -114,15 +114,15 @@ def fit_fills(model, rows: dict[str, Tensor]) -> None:
                 weight = _weight(gates[depth], states[depth])
                 sums.add(units[depth], torch.cat(wanted[depth - min(fills) :], dim=1), weight)
             bar.update(len(units[min(fills)]))
-            if sums.count >= enough:
+            if sums.count >= count:
                 break
     for depth, fill in fills.items():
         fill.fit(moments[depth], pack)
 
 
-def _states(view, ids: Tensor, mask: Tensor, first: int) -> dict[int, Tensor]:
-    """Returns the states [N, hidden] that enter the blocks from `first` on, by depth."""
-    keep, positions = mask.bool(), (mask.cumsum(-1) - 1).clamp_min(0)
+def _states(view, ids: Tensor, mask: Tensor, labels: Tensor, first: int) -> dict[int, Tensor]:
+    """Returns the states [N, hidden] of labelled tokens that enter the blocks from `first` on, by depth."""
+    keep, positions = labels != -100, (mask.cumsum(-1) - 1).clamp_min(0)
     hidden, calls = view.start(ids, mask, positions, None)
     out, depth = {}, 0
     for block in range(first, view.num_layers):

@@ -103,46 +103,49 @@ def test_impossible_requests_are_named_at_once(model):
         calibrate(model, [], tokenizer=Tokenizer())
 
 
-def test_exits_that_harm_are_refused_rather_than_certified(model):
-    """A selection that flatters the exits: certification sees what they really do."""
+def test_exits_that_harm_are_refused_rather_than_certified(model, monkeypatch):
+    """A selection that flatters the exits: rehearsal, and without it certification, sees what they really do."""
     asked = questions(80)
     found = survey.survey(model, questions(20, seed=5), NEW)
     found.regret[:] = 0
+    monkeypatch.setattr(certify, "rehearse", lambda *args: (np.zeros(2), np.zeros(1)))
     with pytest.raises(certify.Refused, match="no policy was certified.*mean harm 0"):
         calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
     assert model.policy == ExitPolicy.full(2) and model.certificate is None
+    monkeypatch.undo()
+    shut = calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
+    assert shut.mean == 0 and np.isinf(shut.thresholds).all()
 
 
-def test_harm_that_grows_in_rehearsal_is_allowed_for(model, monkeypatch):
+def test_the_toll_that_a_rehearsal_finds_is_allowed_for(model, monkeypatch):
     asked, settings = questions(80), dict(risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW)
-    found, first = survey.survey(model, questions(40, seed=5), NEW), certify.rehearse
-    promised = {}
-    for factor in (None, 0.5, 4.0):
-        rehearsed = []
-
-        def rehearse(*args, factor=factor, rehearsed=rehearsed):
-            free, surveyed = first(*args)
-            rehearsed.append(args[-1])
-            return (free, surveyed) if factor is None else (factor * surveyed, surveyed)
-
-        monkeypatch.setattr(certify, "rehearse", rehearse)
+    found, promised, rehearsed = survey.survey(model, questions(40, seed=5), NEW), {}, []
+    for toll, rest in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.04)):
+        tolls = np.array([toll, toll / 2]), np.array([rest])
+        monkeypatch.setattr(certify, "rehearse", lambda *args, tolls=tolls: rehearsed.append(args[-1]) or tolls)
         certificate = calibrate(model, asked, selection=found, **settings)
-        assert len(rehearsed) == 1 and certificate.certified <= 0.1
-        promised[factor] = certificate.predicted["harm"]
-    assert promised[4.0] < 0.6 * promised[0.5] and promised[4.0] <= promised[None] <= promised[0.5]
+        assert certificate.certified <= 0.1
+        promised[toll, rest] = certificate.predicted
+    assert len(rehearsed) == 3 and rehearsed[0] == rehearsed[1], "the first choice, before anything is known"
+    free = promised.pop((0.0, 0.0))
+    assert all(paid["relative_flops"] > free["relative_flops"] + 0.01 for paid in promised.values()), promised
 
 
 def test_a_rehearsal_is_of_the_selection_prompts(model):
-    found = survey.survey(model, questions(12, seed=5), NEW)
+    found, thresholds = survey.survey(model, questions(12, seed=5), NEW), (0.02, 0.02)
+    found.regret[:, 0] = 0  # as if leaving at the first exit had harmed nobody when surveyed
     request = certify.Request(0.1, 0.2, None, "regret", 0.25, "wsr", NEW, 32, 0)
-    free, surveyed = certify.rehearse(model, found, request, (0.02, 0.02))
+    tolls, rest = certify.rehearse(model, found, request, thresholds)
     picked = np.unique(found.rows)[::2]
-    outcome = outcomes.observe(model, [questions(12, seed=5)[i] for i in picked], ExitPolicy((0.02, 0.02)), NEW)
-    assert free.tolist() == survey.loss_per_prompt("regret", 0.25, outcome, None).tolist()
+    outcome = outcomes.observe(model, [questions(12, seed=5)[i] for i in picked], ExitPolicy(thresholds), NEW)
+    free = survey.loss_per_prompt("regret", 0.25, outcome, None)
     leaves = found.scores >= 0.02
     harms = found.harms("regret", 0.25)[np.arange(len(leaves)), np.minimum(leaves.argmax(1), 1)] * leaves.any(1)
-    assert surveyed.tolist() == pytest.approx([harms[found.rows == prompt].mean() for prompt in picked])
-    assert surveyed.max() > 0
+    surveyed = np.array([harms[found.rows == prompt].mean() for prompt in picked])
+    skipped = [(1 - outcome.trace.depth[row][outcome.trace.valid[row]] / 4).mean() for row in range(len(picked))]
+    assert tolls[0] == pytest.approx(2 * tolls[1]) and tolls[1] > 0, "two blocks skipped, and one"
+    assert rest == pytest.approx(free - surveyed - np.array(skipped) * tolls[0] / 0.5)
+    assert rest.mean() == pytest.approx(0, abs=1e-9)
 
 
 def test_a_certificate_of_other_weights_warns_loudly(model, tmp_path, caplog):

@@ -18,7 +18,7 @@ def rows(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCAB, (count, 16), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[::2, 12:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids, -100)}
 
 
 def made(family: str, **config) -> EarlyExitModel:
@@ -68,7 +68,7 @@ def test_a_fit_is_nearer_to_what_the_blocks_make_and_starts_as_their_own(family)
         own = errors(model, depth, None)
         assert errors(model, depth, fill) == pytest.approx(own, rel=1e-4)
     before = [errors(model, depth, None) for depth in model.depths]
-    fit_fills(model, rows(200))
+    fit_fills(model, rows(200), 10_000)
     after = [errors(model, depth, fill) for depth, fill in zip(model.depths, model.exits.fills, strict=True)]
     assert sum(after[0]) < 0.7 * sum(before[0]), (before, after)
     assert after[1][0] < 0.01, "the block right behind an exit gets the very state that it expects"
@@ -83,8 +83,8 @@ def test_what_a_gate_is_sure_of_is_fitted_to():
         with torch.no_grad():
             gate.read.weight.zero_()[0, 0], gate.read.bias[:] = 40.0 * sign, 0.0
         model.requires_grad_(False)
-        fit_fills(model, batch)
-        states = fills._states(model.view, batch["input_ids"], batch["attention_mask"], 1)
+        fit_fills(model, batch, 10_000)
+        states = fills._states(model.view, batch["input_ids"], batch["attention_mask"], batch["labels"], 1)
         pack, sure = model.view.projections, model.exits.gates[0].score(states[1]) > 0.5
         wanted = torch.cat([fills._linear(pack, depth, pack.unit(states[depth])) for depth in (1, 2, 3)], 1)
         weight, bias = model.exits.fills[0].of(1, 4)
@@ -118,13 +118,21 @@ def test_decoding_reads_what_the_fit_wrote():
 def test_where_no_map_is_known_blocks_project_themselves():
     model = made("gpt2")
     assert list(model.exits.fills) == [None, None]
-    fit_fills(model, rows(4))
+    fit_fills(model, rows(4), 10_000)
     assert model.generate(**prompts(2), policy=[0.0, 0.0], **SETTINGS).sequences.shape == (2, 17)
 
 
-def test_padding_is_not_fitted_to():
-    model, other, batch = made("llama"), made("llama"), rows(20)
-    fit_fills(model, batch)
+def test_padding_prompts_and_rows_beyond_the_limit_are_not_fitted_to():
+    model, other, batch = made("llama"), made("llama"), rows(24)
+    few = int((batch["labels"][:16] != -100).sum())
+    fit_fills(model, batch, few)
     batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 5)
-    fit_fills(other, batch)
-    assert torch.equal(model.exits.fills[0].weight, other.exits.fills[0].weight)
+    # What is not labelled stands behind the rest here, where it changes no state.
+    more = {"input_ids": 7, "attention_mask": 1, "labels": -100}
+    batch = {name: torch.cat([part[:16], torch.full((16, 3), more[name])], 1) for name, part in batch.items()}
+    batch["attention_mask"][:, -3:] = batch["attention_mask"][:, -4:-3]
+    fit_fills(other, batch, 10_000)
+    assert torch.allclose(model.exits.fills[0].weight, other.exits.fills[0].weight, atol=1e-5)
+    before = other.exits.fills[0].weight.clone()
+    fit_fills(other, batch | {"labels": torch.full_like(batch["labels"], -100)}, 10_000)
+    assert torch.equal(before, other.exits.fills[0].weight), "nothing labelled, nothing to fit to"

@@ -317,7 +317,7 @@ def save_model(run: Run, folder: Path, last: bool = False, examples: tuple | Non
         if examples is not None:
             fit_gates(model.exits.gates, *examples, run.config.seed)
         if last or run.config.mode != "frozen":  # what skipped blocks would have made has moved
-            fit_fills(model, run.rows)
+            fit_fills(model, run.rows, run.config.fill_tokens)
         model.save_pretrained(folder)
     run.accelerator.wait_for_everyone()
     return model
