@@ -85,8 +85,10 @@ def judge(
     width = max(map(len, answers))
     regret, nll = np.full((len(answers), width), np.nan), np.full((len(answers), width), np.nan)
     view = model.view
+    # By length: padding costs as much as tokens.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(answers[row]))
     for start in tqdm(range(0, len(prompts), batch_size), desc=note, unit="batch", leave=False):
-        chunk = range(start, min(start + batch_size, len(prompts)))
+        chunk = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] + answers[i] for i in chunk], 0, model.device)
         hidden, calls = view.start(ids, mask, (mask.cumsum(-1) - 1).clamp_min(0), None)
         normed = view.norm(view.run(hidden, calls, 0, view.num_layers))
