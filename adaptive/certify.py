@@ -52,22 +52,25 @@ def choose(
         most: largest mean harm per token to consider.
         rehearsed: from `rehearse`: what leaving does beyond the token's own harm.
     """
-    tolls, rest = rehearsed or (0.0, np.zeros(1))
-    arrays = (found.scores, np.minimum(found.harms(request.harm, request.tolerance) + tolls, 1.0), found.costs)
-    by_token = request.harm in BY_TOKEN
+    tolls, swings = rehearsed or (0.0, np.ones(1))
+    own = found.harms(request.harm, request.tolerance)
+    arrays, by_token = (found.scores, np.minimum(own + tolls, 1.0), found.costs), request.harm in BY_TOKEN
 
     def passes(thresholds: np.ndarray) -> bool:
         """Returns whether they would be certified, as far as survey and rehearsal tell."""
         if by_token:
-            harms = ranking.predicted(thresholds, *arrays, found.rows)[0]
+            harms = ranking.predicted(thresholds, found.scores, own, found.costs, found.rows)[0]
+            paid = ranking.predicted(thresholds, *arrays, found.rows)[0] - harms
         else:
             asked, policy = unpadded(found.prompts), ExitPolicy(tuple(thresholds))
             answers = answer(model, asked, policy, request.max_new_tokens, request.batch_size, note="choosing")[0]
             harms = harm_of_answers(request.harm, answers, unpadded(found.answers))
+            paid = np.zeros(len(harms))
         generator, bounds = np.random.default_rng(request.seed), []
         for _ in range(20):
             other = generator.integers(0, len(harms), len(harms))  # another survey, as it might have been
-            drawn = np.clip(harms[generator.choice(other, n)] + generator.choice(rest, n), 0.0, 1.0)
+            drawn = generator.choice(other, n)
+            drawn = np.minimum(harms[drawn] + paid[drawn] * generator.choice(swings, n), 1.0)
             bounds.append(calibration.BOUNDS[request.bound](drawn, delta))
         return np.quantile(bounds, SURE) <= CAUTION * request.risk
 
@@ -88,8 +91,8 @@ def choose(
 
 
 def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the toll of leaving at each exit [exits], harm done to later tokens, and what it leaves unexplained, per
-    prompt, as found in free generation on every second selection prompt.
+    """Returns the toll of leaving at each exit [exits], harm done to later tokens, and how it varies between prompts,
+    factors whose mean is 1; both as found in free generation on every second selection prompt.
 
     Those who left early have handed on K/V that blocks would have made otherwise, and words that the full model would
     not have said: what follows is harmed more often than the survey knows. A token's toll goes with the error of all
@@ -104,8 +107,10 @@ def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple
     trace = outcome.trace
     skipped = 1 - np.array(trace.exits) / trace.layers
     shares = np.append(skipped, 0.0)[trace.taken].sum(1) / trace.valid.sum(1)  # who ended has -1: the last, 0
-    rate = max(excess.mean(), 0.0) / shares.mean() if shares.any() else 0.0
-    return rate * skipped, excess - rate * shares
+    if excess.mean() <= 0 or not shares.any():
+        return np.zeros(len(skipped)), np.ones(1)
+    swings = np.maximum(excess, 0.0)
+    return excess.mean() / shares.mean() * skipped, swings / swings.mean()
 
 
 @dataclass(frozen=True)

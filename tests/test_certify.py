@@ -113,29 +113,28 @@ def test_exits_that_harm_are_refused_rather_than_certified(model, monkeypatch):
         calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
     assert model.policy == ExitPolicy.full(2) and model.certificate is None
     monkeypatch.undo()
-    shut = calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
-    assert shut.mean == 0 and np.isinf(shut.thresholds).all()
+    rehearsed = calibrate(model, asked, risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW, selection=found)
+    assert rehearsed.certified <= 0.1
 
 
 def test_the_toll_that_a_rehearsal_finds_is_allowed_for(model, monkeypatch):
     asked, settings = questions(80), dict(risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW)
-    found, promised, rehearsed = survey.survey(model, questions(40, seed=5), NEW), {}, []
-    for toll, rest in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.04)):
-        tolls = np.array([toll, toll / 2]), np.array([rest])
+    found, paid, rehearsed = survey.survey(model, questions(40, seed=5), NEW), [], []
+    for toll, swings in ((0.0, [1.0]), (0.04, [1.0]), (0.04, [0.0] * 9 + [10.0])):
+        tolls = np.array([toll, toll / 2]), np.array(swings)
         monkeypatch.setattr(certify, "rehearse", lambda *args, tolls=tolls: rehearsed.append(args[-1]) or tolls)
         certificate = calibrate(model, asked, selection=found, **settings)
         assert certificate.certified <= 0.1
-        promised[toll, rest] = certificate.predicted
+        paid.append(certificate.predicted["relative_flops"])
     assert len(rehearsed) == 3 and rehearsed[0] == rehearsed[1], "the first choice, before anything is known"
-    free = promised.pop((0.0, 0.0))
-    assert all(paid["relative_flops"] > free["relative_flops"] + 0.01 for paid in promised.values()), promised
+    assert paid[0] + 0.005 < paid[1] < paid[2], "a toll opens exits less, one that falls on few prompts even less"
 
 
 def test_a_rehearsal_is_of_the_selection_prompts(model):
     found, thresholds = survey.survey(model, questions(12, seed=5), NEW), (0.02, 0.02)
     found.regret[:, 0] = 0  # as if leaving at the first exit had harmed nobody when surveyed
     request = certify.Request(0.1, 0.2, None, "regret", 0.25, "wsr", NEW, 32, 0)
-    tolls, rest = certify.rehearse(model, found, request, thresholds)
+    tolls, swings = certify.rehearse(model, found, request, thresholds)
     picked = np.unique(found.rows)[::2]
     outcome = outcomes.observe(model, [questions(12, seed=5)[i] for i in picked], ExitPolicy(thresholds), NEW)
     free = survey.loss_per_prompt("regret", 0.25, outcome, None)
@@ -144,8 +143,9 @@ def test_a_rehearsal_is_of_the_selection_prompts(model):
     surveyed = np.array([harms[found.rows == prompt].mean() for prompt in picked])
     skipped = [(1 - outcome.trace.depth[row][outcome.trace.valid[row]] / 4).mean() for row in range(len(picked))]
     assert tolls[0] == pytest.approx(2 * tolls[1]) and tolls[1] > 0, "two blocks skipped, and one"
-    assert rest == pytest.approx(free - surveyed - np.array(skipped) * tolls[0] / 0.5)
-    assert rest.mean() == pytest.approx(0, abs=1e-9)
+    assert tolls[0] == pytest.approx((free - surveyed).mean() / np.mean(skipped) / 2)
+    assert swings == pytest.approx(np.maximum(free - surveyed, 0) / np.maximum(free - surveyed, 0).mean())
+    assert swings.min() == 0, "a toll is not paid back"
 
 
 def test_a_certificate_of_other_weights_warns_loudly(model, tmp_path, caplog):
