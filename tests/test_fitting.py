@@ -6,7 +6,7 @@ from conftest import FAMILIES, VOCAB, tiny
 from test_model import batch
 from test_parity import with_exits
 
-from adaptive import EarlyExitModel, ExitConfig
+from adaptive import EarlyExitModel, ExitConfig, losses
 from adaptive.closed_form import fit_exits, fit_linear
 from adaptive.gates import collect, figures, fit_gates
 from adaptive.objective import full_states
@@ -113,6 +113,18 @@ def test_fitted_gates_tell_what_can_be_told(llama):
     baseline = EarlyExitModel(llama, ExitConfig(depths=[1, 2, 3], gate="max_prob")).exits.gates
     fit_gates(baseline, states, no_harm, seed=5)
     assert set(figures(baseline, states, no_harm, (1, 2, 3))) == {f"exit_{depth}/no_harm" for depth in (1, 2, 3)}
+
+
+def test_many_examples_make_larger_batches_and_no_more_steps(llama, monkeypatch):
+    gates = EarlyExitModel(llama, ExitConfig(depths=[1])).exits.gates
+    states, seen = torch.randn(4000, 1, 32, generator=torch.Generator().manual_seed(0)), []
+    loss = losses.gate_loss
+    monkeypatch.setattr(losses, "gate_loss", lambda *args: seen.append(len(args[0])) or loss(*args))
+    for most, expected in ((4096, [256] * 46), (10, [1200] * 10)):
+        monkeypatch.setattr("adaptive.gates.STEPS", most)
+        fit_gates(gates, states, states[..., 0] > 0, seed=0)
+        assert seen == expected, "three passes, either way"
+        seen.clear()
 
 
 def test_gates_are_fitted_to_no_more_rows_than_they_need(llama):
