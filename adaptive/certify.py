@@ -96,7 +96,7 @@ def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple
 
     Those who left early have handed on K/V that blocks would have made otherwise, and words that the full model would
     not have said: what follows is harmed more often than the survey knows. A token's toll goes with the error of all
-    the K/V that it hands on (docs/recipes.md), so the excess is put down to the blocks that were skipped.
+    the K/V that it hands on (docs/decisions.md), so the excess is put down to the blocks that were skipped.
     """
     asked, picked = unpadded(found.prompts), np.unique(found.rows)[::2]
     some = [asked[prompt] for prompt in picked]
