@@ -18,6 +18,7 @@ from adaptive.backbone import Backbone
 from adaptive.drafting import SEVERAL, SHARED, Drafting
 from adaptive.lanes import Tokens
 from adaptive.policy import ExitPolicy
+from adaptive.replay import Replay, steps
 from adaptive.sampling import generators, pick
 from adaptive.turned import pays
 from adaptive.verify import Speculation
@@ -69,7 +70,10 @@ def decode(
         loop = Speculation(walk, logits_processor, stopping_criteria, generation_config, sources, plans, streamer)
         ids, scores, logits = loop.run()
     else:
-        scores, logits = _loop(walk, tokens, logits_processor, stopping_criteria, generation_config, sources, streamer)
+        with steps(walk, generation_config.cache_implementation == "static") as taker:
+            scores, logits = _loop(
+                taker, tokens, logits_processor, stopping_criteria, generation_config, sources, streamer
+            )
         ids = tokens.ids
     if not generation_config.return_dict_in_generate:
         return ids
@@ -78,7 +82,7 @@ def decode(
     return out
 
 
-def _loop(walk: Walk, tokens: Tokens, processors, criteria, config, sources: list | None, streamer) -> tuple:
+def _loop(walk: Walk | Replay, tokens: Tokens, processors, criteria, config, sources: list | None, streamer) -> tuple:
     """Generates into `tokens` until every row has stopped; returns scores and logits per step, if asked for."""
     keep_scores = config.return_dict_in_generate and config.output_scores
     keep_logits = config.return_dict_in_generate and config.output_logits

@@ -255,7 +255,7 @@ class EarlyExitModel(nn.Module):
             seed: row r samples with a generator of its own seeded with seed + r, or seed[r] if these are several. None
                 draws one from torch's generator.
             streamer: as in transformers.
-            **kwargs: as in transformers.
+            **kwargs: as in transformers; `cache_implementation="static"` asks for CUDA graphs, where there are any.
 
         Raises:
             ValueError: thresholds that do not fit the exits, an unknown `kv`, beam search, a prompt longer than the

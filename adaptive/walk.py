@@ -299,7 +299,7 @@ class Walk:
                     self.unread.append((self._newest(rows[leaving]), normed, who, told))
                     return who, places
                 logits, ids = read(normed)
-            self.parts.append((who, at(self._spread(logits.float(), ids), told)))
+            self.parts.append((who, at(self.spread(logits.float(), ids), told)))
         return who, places
 
     def _head(self, index: int, rows: np.ndarray, state: Tensor, who: np.ndarray) -> Tensor:
@@ -316,7 +316,7 @@ class Walk:
             self.record.catch_up(index, who)
         return normed[:, 0]
 
-    def _spread(self, logits: Tensor, ids: Tensor | None) -> Tensor:
+    def spread(self, logits: Tensor, ids: Tensor | None) -> Tensor:
         """Returns logits [rows, vocabulary] from those of a shortlist; what is not on it cannot be said."""
         if ids is None:
             return logits

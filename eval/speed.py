@@ -3,17 +3,16 @@
     python eval/speed.py --model runs/demo
     python eval/speed.py --what decode --batch_sizes 1 --dtype bfloat16 --threads 2 --output results/speed-bf16.json
 
-Every round runs every engine once, each round in another order. Ratios are taken within a round; reported are median,
-smallest and largest over the rounds.
+Every round runs every engine once, in another order. Ratios are of one round: the median, smallest and largest of them.
 
 "train": an optimizer step on three exits of a frozen backbone, while exits move and while only gates do, over a
 forward pass of the backbone alone on the same tokens (no gradients, all logits, no K/V); and the memory that they take.
 "decode": every engine continues the same prompts greedily by the same number of tokens. Forced patterns let a share of
 the tokens leave at L/3 or 2L/3, whatever the gate says (it is asked all the same): that share of the rows at every
 token or, named `together`, all rows at that share of the tokens. `decode_` figures are without what comes up to the
-first new token. The ideal is `adaptive/costs.py` on the trace: by FLOPs, and by bytes of a row alone in its batch.
-Prompts are the model's own samples, tokens at random, or pieces of a text file. Engines that refuse are listed with
-their error. The last line of stdout is one JSON document, which --output gets too.
+first new token, `_graphs` is on a static cache. The ideal is `adaptive/costs.py` on the trace: by FLOPs, and by bytes
+of a row alone in its batch. Prompts are the model's own samples, tokens at random, or pieces of a text file. Engines
+that refuse are listed with their error. The last line of stdout is one JSON document, which --output gets too.
 """
 
 import sys
@@ -102,6 +101,7 @@ from adaptive.storage import CONFIG as EXIT_CONFIG
 
 TRAIN_ROWS, TRAIN_TOKENS, TRAIN_EXITS = 4, 256, 3
 REFERENCES = ("hf_dynamic", "full_depth")  # what ratios are taken to: when these fail there is nothing to report
+COMPARED = (*REFERENCES, "full_depth_graphs")
 SHOWN = ("tokens_per_second", "over_hf_dynamic", "decode_over_full_depth")
 
 
@@ -255,8 +255,8 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
         finally:
             shape.num_hidden_layers = layers  # an early exit that fails leaves its own number there
 
-    def ours(streamer, model: EarlyExitModel, policy: ExitPolicy, kv: str = "propagate") -> tuple[Tensor, Trace]:
-        out = model.generate(**settings, policy=policy, kv=kv, streamer=streamer, return_dict_in_generate=True)
+    def ours(streamer, model: EarlyExitModel, policy: ExitPolicy, kv="propagate", **more) -> tuple[Tensor, Trace]:
+        out = model.generate(**settings, policy=policy, kv=kv, streamer=streamer, return_dict_in_generate=True, **more)
         return out.sequences, out.trace
 
     def peer(streamer, technique: str, threshold: float) -> tuple[Tensor, None]:
@@ -277,9 +277,9 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
         "economize_early_exit": partial(peer, technique="early_exit", threshold=0.0),
         "full_depth": partial(ours, model=plain, policy=ExitPolicy.full(plain.num_exits)),
     }
-    orders = {"": False} if len(prompts) == 1 else {"": False, "_together": True}
+    orders = ("",) if len(prompts) == 1 else ("", "_together")
     for index, share, order in itertools.product(range(plain.num_exits), config.shares, orders):
-        one = Forced(ExitPolicy.always(index, plain.num_exits).thresholds, share, orders[order])
+        one = Forced(ExitPolicy.always(index, plain.num_exits).thresholds, share, bool(order))
         for kv in ("propagate",) if order else ("propagate", "recompute"):
             name = f"forced_{share}_at_{plain.depths[index]}{order}" + "_recompute" * (kv == "recompute")
             found[name] = partial(ours, model=plain, policy=one, kv=kv)
@@ -290,6 +290,9 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
         for index, depth in enumerate(trained.depths):
             always = ExitPolicy.always(index, trained.num_exits)
             found[f"verified_all_at_{depth}"] = partial(ours, model=trained, policy=always, kv="verify")
+    if prompts.is_cuda:
+        mine = [name for name in found if name.startswith(("full", "forced", "cert")) and not name.endswith("recompute")]
+        found |= {f"{name}_graphs": partial(found[name], cache_implementation="static") for name in mine}
     wanted = (*REFERENCES, *config.only) if config.only else ("",)
     return {name: engine for name, engine in found.items() if name.startswith(wanted)}
 
@@ -330,7 +333,7 @@ def time_decoding(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExit
         entry = {"engine": name, "tokens_as_hf": float((said[name] == said["hf_dynamic"]).float().mean())}
         for kind, values in timed[name].items():
             entry[f"{kind}tokens_per_second"] = spread(values)
-            entry |= {f"{kind}over_{other}": spread(values, timed[other][kind]) for other in REFERENCES}
+            entry |= {f"{kind}over_{other}": spread(values, timed[other][kind]) for other in COMPARED if other in timed}
         if (trace := traces[name]) is not None:
             price = running[name].keywords["model"].costs.price(trace)
             ideal = {"bytes_batch_1": 1 / price.relative_bytes, "flops": 1 / price.relative_flops}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import VOCAB, prompts, tiny
 
+from adaptive import replay
 from adaptive.certify import calibrate
 from adaptive.config import ExitConfig, LossConfig
 from adaptive.model import EarlyExitModel
@@ -77,6 +78,23 @@ def test_greedy_is_that_of_transformers(family, batch, dtype, monkeypatch):
     else:
         assert same_but_for_ties(model, inputs, full.sequences, expected)
         assert same_but_for_ties(model, inputs, drafted.sequences, expected)
+
+
+@pytest.mark.parametrize("config", [{}, {"shortlist": 32}, {"shortlist": 32, "screen": 8}], ids=str)
+@pytest.mark.parametrize("policy", [Turns((0.0, 0.0)), ExitPolicy((0.5, 0.5)), ExitPolicy((0.0, 2.0))], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_graphs_give_what_single_kernels_give(family, policy, config, monkeypatch):
+    model, inputs = with_exits(family, head="norm", gate="mlp", **config), asked(3)
+    settings = {"policy": policy, "max_new_tokens": 30, "output_logits": True}
+    monkeypatch.setattr(replay, "SMALLEST", 16)
+    there = [generate(model, inputs, **settings, cache_implementation="static") for _ in range(2)][-1]
+    assert [each.capacity for each in replay._kept[model.exits]][-1] == 64, "they grew, and were used again"
+    here = generate(model, inputs, **settings)
+    assert torch.equal(there.sequences, here.sequences) and (there.trace.taken == here.trace.taken).all()
+    for one, other in zip(there.logits, here.logits, strict=True):
+        listed = other.isfinite()
+        assert torch.equal(listed, one.isfinite())
+        assert (one - other)[listed].abs().max() <= NOISE[torch.float32] * other[listed].abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

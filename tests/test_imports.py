@@ -18,9 +18,9 @@ GRAPHS = ["recipes", "onnx_graph", "graphs"]
 ROWS = [
     [],  # __init__.py imports nothing of ours: its names are looked up when they are asked for
     ["checked", "config", "policy", "costs", "calibration", "ranking", "drafting", "board", *RUNTIME],
-    ["pretrained", "data", "prompts", "turned", "anatomy", "kv", "straight", "backbone", "losses", "screen"]
+    ["pretrained", "data", "prompts", "turned", "anatomy", "kv", "straight", "backbone", "placed", "losses", "screen"]
     + ["fills", "exits", "objective", "closed_form", *GRAPHS],
-    ["lanes", "members", "record", "walk", "sampling", "verify", "decoding"],
+    ["lanes", "members", "record", "walk", "replay", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
     ["rows", "states", "gates", "measure", "outcomes", "survey", "certify"]
     + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
