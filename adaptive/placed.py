@@ -1,8 +1,8 @@
-"""The newest token of every row, run at a place that is a tensor: the same kernels on the same memory at every step.
+"""The newest token of every row, at a place that is a tensor: always the same kernels on the same memory.
 
-`Backbone.start` has the model prepare what its blocks need, anew for every token, in some hundred small operations. Here
-that is looked up: rotary angles by position, masks by column, keys and values written by index. So a CUDA graph of it
-can be replayed at the next token. For blocks that `straight.py` knows, with the attention of torch.
+`Backbone.start` has the model prepare what its blocks need, anew for every token, in some hundred small operations.
+Here that is looked up: rotary angles by position, masks by column, keys and values written by index. So a CUDA graph of
+it can be replayed at the next token. For blocks that `straight.py` knows, with the attention of torch.
 """
 
 from __future__ import annotations

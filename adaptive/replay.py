@@ -2,9 +2,9 @@
 
 On a GPU a step of a small model is a thousand kernels that take less time to run than to launch. A graph launches its
 kernels at once, but always the same ones: so every row runs through every segment that any row needs, and who has left
-is written over, logits and K/V, by what his exit makes of him. A segment that nobody needs is not launched. Nothing is
-read back but what each gate says. As in transformers this is what `cache_implementation="static"` asks for; without it,
-on other devices, and for what `fits` refuses, `walk.py` runs kernels one by one. Both give the same but for the order of
+is written over, logits and K/V, by what his exit makes of him. A segment that nobody needs is not launched. Nothing
+is read back but what each gate says. As in transformers, `cache_implementation="static"` asks for this; without it, on
+other devices, and for what `fits` refuses, `walk.py` runs kernels one by one. Both give the same but for the order of
 summation.
 """
 
@@ -197,7 +197,7 @@ class Replay:
             del kept[:-KEPT]
 
     def _take(self, capacity: int) -> Graphs:
-        """Returns graphs with room for all tokens so far, kept ones if there are such, and puts the walk's K/V there."""
+        """Returns graphs with room for all tokens so far, kept ones if there are any, and puts the walk's K/V there."""
         while capacity < self.tokens.length + 1:
             capacity *= 2
         wanted, graphs = key(self.walk), None

@@ -291,7 +291,7 @@ def engines(config: SpeedConfig, plain: EarlyExitModel, trained: EarlyExitModel 
             always = ExitPolicy.always(index, trained.num_exits)
             found[f"verified_all_at_{depth}"] = partial(ours, model=trained, policy=always, kv="verify")
     if prompts.is_cuda:
-        mine = [name for name in found if name.startswith(("full", "forced", "cert")) and not name.endswith("recompute")]
+        mine = [name for name in found if name.startswith(("full", "forced", "cert")) and "recompute" not in name]
         found |= {f"{name}_graphs": partial(found[name], cache_implementation="static") for name in mine}
     wanted = (*REFERENCES, *config.only) if config.only else ("",)
     return {name: engine for name, engine in found.items() if name.startswith(wanted)}

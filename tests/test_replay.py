@@ -1,4 +1,4 @@
-"""Steps that are replayed give what steps of single kernels give. Here without a GPU: the work of the graphs runs as it is."""
+"""Replayed steps give what steps of single kernels give. Here without a GPU: the work of the graphs runs as it is."""
 
 import gc
 import math
