@@ -1,4 +1,4 @@
-"""The one file, beside `kv.py` and `straight.py`, that knows the insides of transformers.
+"""The one file, beside `kv.py`, `straight.py` and `placed.py`, that knows the insides of transformers.
 
 A decoder-only causal LM is seen as: embedding and masks (`start`), blocks that can be run one by one (`run`) or skipped
 (`fill`), a final norm (`norm`) and a vocabulary projection (`logits`). Nothing here is written for one architecture:

@@ -113,19 +113,6 @@ def needed_prompts(epsilon, delta, bound="wsr"):
     )
 
 
-def require_enough(n, epsilon, delta, bound="wsr"):
-    """None, or a ValueError with the number needed when n prompts cannot certify epsilon, whatever their harm."""
-    needed = needed_prompts(epsilon, delta, bound)
-    require(
-        f"give {needed - n} more prompts, or raise epsilon or delta",
-        (
-            n >= needed,
-            f"{n} prompts given; at least {needed} are needed to certify a mean harm of at most "
-            f"{epsilon} at delta {delta:g} with bound `{bound}`, even if no prompt is harmed",
-        ),
-    )
-
-
 def certify(losses, epsilon, delta, bound="wsr", *, generator):
     """(passed, upper): whether losses [prompts] in [0, 1] certify a mean of at most epsilon at delta, and their bound.
 

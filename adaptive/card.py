@@ -70,8 +70,9 @@ def _guarantee(certificate) -> str:
         sure = f"With probability at least {1 - c.delta:.10g}"
     return (
         f"{sure}, the expected {c.harm} harm per {per} is at most {c.certified:.4f} ({asked}; bound: {c.bound}, {c.n} "
-        f"prompts, mean harm on them {c.mean:.4f}). It holds for prompts like those it was certified on, greedy "
-        f"answers generated with `max_new_tokens={c.max_new_tokens}` and no penalties, and exactly these weights."
+        f"prompts, mean harm on them {c.mean:.4f}). It holds for prompts like those it was certified on, different "
+        f"ones counting once each, greedy answers generated with `max_new_tokens={c.max_new_tokens}` and no penalties, "
+        "and exactly these weights."
     )
 
 

@@ -137,8 +137,12 @@ class Request:
             problems.append(f"`risk`={self.risk!r} is not between 0 and 1")
         if self.budget is not None and self.budget <= 0:
             problems.append(f"`budget`={self.budget!r} is not a share of the full depth's FLOPs, such as 0.8")
-        if self.max_new_tokens < 2:
+        if not 0 <= self.tolerance < np.inf:
+            problems.append(f"`tolerance`={self.tolerance!r} is not a number of nats, 0 or more")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 2:
             problems.append(f"`max_new_tokens`={self.max_new_tokens}; 2 or more: a first token comes from the prompt")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            problems.append(f"`batch_size`={self.batch_size}; a whole number of rows, 1 or more")
         if not 0 < self.delta < 1:
             problems.append(f"`delta`={self.delta!r} is not between 0 and 1")
         if problems:
@@ -158,7 +162,8 @@ def calibrate(
     """Returns a certificate, and gives its thresholds to the model as its policy.
 
     With probability at least 1 - delta over the draw of the certification prompts, the expected harm of a prompt like
-    them is at most `certificate.certified`; that is at most `risk` if a risk was asked for.
+    them, different ones counting once each, is at most `certificate.certified`; that is at most `risk` if a risk was
+    asked for.
 
     Args:
         model: the `EarlyExitModel`.

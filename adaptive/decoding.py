@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.backbone import Backbone
 from adaptive.drafting import SEVERAL, SHARED, Drafting
+from adaptive.exits import widened
 from adaptive.lanes import Tokens
 from adaptive.policy import ExitPolicy
 from adaptive.replay import Replay, steps
@@ -25,6 +26,7 @@ from adaptive.verify import Speculation
 from adaptive.walk import Walk
 
 STRATEGIES = ("propagate", "recompute", "verify")
+OTHER = ("prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers")  # ways of transformers
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def decode(
         streamer: gets every column of new ids.
         **model_kwargs: what `generate` prepared for the model's forward; the mask is used, the cache must be empty.
     """
-    _check(generation_config, input_ids, model_kwargs, model.view, kv, policy)
+    _check(generation_config, input_ids, model_kwargs, model.view, kv, policy, seed)
     tokens = Tokens(input_ids, model_kwargs.get("attention_mask"))
     walk = Walk(model.view, model.exits, model.depths, policy, tokens, kv, probe)
     sources = generators(seed, input_ids) if generation_config.do_sample else None
@@ -70,10 +72,10 @@ def decode(
         loop = Speculation(walk, logits_processor, stopping_criteria, generation_config, sources, plans, streamer)
         ids, scores, logits = loop.run()
     else:
+        short = any(asked and size for asked, size in zip(walk.asked, model.exits.sizes, strict=True))
+        prepared = logits_processor, stopping_criteria, generation_config
         with steps(walk, generation_config.cache_implementation == "static") as taker:
-            scores, logits = _loop(
-                taker, tokens, logits_processor, stopping_criteria, generation_config, sources, streamer
-            )
+            scores, logits = _loop(taker, tokens, *prepared, sources, streamer, model.view if short else None)
         ids = tokens.ids
     if not generation_config.return_dict_in_generate:
         return ids
@@ -82,17 +84,35 @@ def decode(
     return out
 
 
-def _loop(walk: Walk | Replay, tokens: Tokens, processors, criteria, config, sources: list | None, streamer) -> tuple:
-    """Generates into `tokens` until every row has stopped; returns scores and logits per step, if asked for."""
+def _loop(
+    walk: Walk | Replay,
+    tokens: Tokens,
+    processors,
+    criteria,
+    config,
+    sources: list | None,
+    streamer,
+    backbone: Backbone | None,
+) -> tuple:
+    """Generates into `tokens` until every row has stopped; returns scores and logits per step, if asked for.
+
+    Given a `backbone`, a row that left with a shortlist of which processors leave nothing gets the whole vocabulary.
+    """
     keep_scores = config.return_dict_in_generate and config.output_scores
     keep_logits = config.return_dict_in_generate and config.output_logits
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     pad = config._pad_token_tensor if ends else None
     unfinished = torch.ones(len(tokens.ids), dtype=torch.bool, device=tokens.ids.device)
     all_scores, all_logits, live = (), (), np.arange(len(tokens.ids))
+    guarded = backbone is not None and len(processors) > 0
     logits = walk.prefill()
     while True:
-        scores = processors(tokens.ids, logits.clone() if keep_logits else logits)
+        scores = processors(tokens.ids, logits.clone() if keep_logits or guarded else logits)
+        if guarded:
+            lost = (scores.amax(-1) == -torch.inf).nonzero()[:, 0].cpu().numpy()
+            if len(lost):
+                logits = widened(logits, walk.listed, lost, backbone)
+                scores = processors(tokens.ids, logits.clone())
         chosen = pick(scores, sources, live)
         if pad is not None:
             chosen = torch.where(unfinished, chosen, pad.to(chosen.device))
@@ -111,7 +131,7 @@ def _loop(walk: Walk | Replay, tokens: Tokens, processors, criteria, config, sou
     return all_scores or None, all_logits or None
 
 
-def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: str, policy) -> None:
+def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: str, policy, seed) -> None:
     problems, past_key_values, mask = [], model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
     prompt, limit = input_ids.shape[1], view.max_context
     if config.num_beams and config.num_beams > 1:
@@ -120,6 +140,8 @@ def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: st
         problems.append("past_key_values holds tokens: continuing from a cache is not supported; pass the whole prompt")
     if mask is not None and (mask.shape != input_ids.shape or (mask.long().diff(dim=1) < 0).any()):
         problems.append("attention_mask must be 0 on the left, where a row is padded, and 1 from there on")
+    elif mask is not None and prompt and not mask[:, -1].all():
+        problems.append("attention_mask leaves a row without a token; give each row one at least")
     if limit is not None and prompt > limit:
         problems.append(f"the prompt has {prompt} tokens, the model's context is {limit}; shorten it")
     elif limit is not None and config.max_length > limit and not view.extends:
@@ -133,7 +155,11 @@ def _check(config, input_ids: Tensor, model_kwargs: dict, view: Backbone, kv: st
         problems.append(f"{len(policy)} policies for {len(input_ids)} rows; give one for all, or one for each")
     if not isinstance(policy, ExitPolicy) and kv != "propagate":
         problems.append(f"kv={kv!r} takes one policy for all rows; a policy for each goes with 'propagate'")
-    if prompt == 0:
+    if prompt == 0 or not len(input_ids):
         problems.append("the prompt is empty; give at least one token")
+    if isinstance(seed, Sequence) and len(seed) != len(input_ids):
+        problems.append(f"{len(seed)} seeds for {len(input_ids)} rows; give one number for all, or one for each")
+    if other := [name for name in OTHER if getattr(config, name, None)]:
+        problems.append(f"{', '.join(other)}: another way to decode, which does not go with exits; leave it out")
     if problems:
         raise ValueError("generate: " + "; ".join(problems))

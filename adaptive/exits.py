@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -301,3 +302,28 @@ def best(logits: Tensor, ids: Tensor | None) -> Tensor:
     if ids is None or ids.dim() == 1:
         return top if ids is None else ids[top]
     return ids.masked_fill(logits < logits.amax(-1, keepdim=True), torch.iinfo(ids.dtype).max).amin(-1)
+
+
+def spread(logits: Tensor, ids: Tensor | None, vocab: int) -> Tensor:
+    """Returns logits [N, vocab] from what `Exits.logits` gave; what is not on a shortlist cannot be said."""
+    if ids is None:
+        return logits
+    full = logits.new_full((len(logits), vocab), -torch.inf)
+    return full.scatter_(1, ids.expand_as(logits), logits)
+
+
+def widened(logits: Tensor, listed: Sequence[tuple], rows: np.ndarray, backbone: Backbone) -> Tensor:
+    """Returns logits [batch, vocabulary] in which some rows that a shortlist spoke for have the whole vocabulary's.
+
+    Args:
+        logits: [batch, vocabulary]; not changed.
+        listed: rows of the batch [N], and their normed states [N, hidden], of every exit with a shortlist.
+        rows: of the batch, to widen.
+        backbone: has the LM head.
+    """
+    logits = logits.clone()
+    for who, normed in listed:
+        some = np.flatnonzero(np.isin(who, rows))
+        if len(some):
+            logits[torch.as_tensor(who[some])] = backbone.logits(normed[torch.as_tensor(some)]).float()
+    return logits

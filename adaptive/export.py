@@ -94,9 +94,17 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
 
             record |= certified(model, fresh, tokenizer, calibrate)
             _finish(fresh, record)
+        fresh.chmod(0o755)  # a temporary folder is its maker's alone
+        old = fresh.with_name(fresh.name + ".old")
         if out.exists():
-            shutil.rmtree(out)
-        os.replace(fresh, out)
+            os.replace(out, old)
+        try:
+            os.replace(fresh, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return out
@@ -316,6 +324,8 @@ def _asked(certificate, args) -> dict:
     asked = {} if certificate is None else {
         name: getattr(certificate, name) for name in ("delta", "harm", "bound", "max_new_tokens", "seed")
     }  # fmt: skip
+    if certificate is not None and certificate.kind == "budget" and args.risk is None and args.budget is None:
+        raise ValueError("export: the run is certified for a budget, which it does not tell; give --budget or --risk")
     if certificate is not None:
         asked |= {"risk": certificate.epsilon} if certificate.kind == "risk" else {}
         asked |= {"tolerance": certificate.tolerance} if certificate.tolerance is not None else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -262,8 +262,16 @@ class EarlyExitModel(nn.Module):
                 context.
         """
         policy = self.policy if policy is None else policy
-        if not isinstance(policy, ExitPolicy) and not any(isinstance(each, ExitPolicy) for each in policy):
-            policy = ExitPolicy(tuple(policy))
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError("generate: `assistant_model` does not go with exits, which draft themselves: kv='verify'")
+        if not isinstance(policy, ExitPolicy):
+            given = list(policy) if isinstance(policy, Iterable) else []
+            kinds = {isinstance(each, ExitPolicy) for each in given}
+            if len(kinds) != 1:
+                raise ValueError(
+                    f"`policy`={policy!r}; give an ExitPolicy, an ExitPolicy for each row, or a threshold for each exit"
+                )
+            policy = given if kinds == {True} else ExitPolicy(tuple(given))
         for each in [policy] if isinstance(policy, ExitPolicy) else policy:
             if len(each.thresholds) != self.num_exits:
                 raise ValueError(

@@ -15,10 +15,6 @@ from adaptive.backbone import Backbone
 GROWING = ("dynamic", "longrope")  # rotary angles that change as a text grows
 
 
-class Unfit(Exception):
-    """Raised where the model prepares its blocks' inputs in another way than is known here."""
-
-
 class Placed:
     """Inputs, K/V and calls of the blocks for one token of each row.
 
@@ -26,9 +22,6 @@ class Placed:
         backbone: of a kind that `fits`.
         batch: rows.
         capacity: columns that there is room for.
-
-    Raises:
-        Unfit: something else becomes of embeddings, or blocks are called otherwise.
 
     Attributes:
         ids: [batch, 1], the newest tokens.
@@ -46,22 +39,28 @@ class Placed:
         self.column, self.padding = self.ids.new_zeros(1), self.ids.new_zeros(batch)
         self.columns = torch.arange(capacity, device=self.device)
         # What the model says to the blocks at every place there is: angles do not depend on the tokens.
-        some = self.columns[None] % backbone.vocab_size
-        embedded, self.calls = backbone.start(some, None, self.columns[None], None)
         self.embed = backbone.inner.get_input_embeddings()
-        known = all(not args and "position_embeddings" in kwargs for args, kwargs in self.calls)
-        if not known or not torch.equal(embedded, self.embed(some)):
-            raise Unfit
+        calls = backbone.start(self.columns[None] * 0, None, self.columns[None], None)[1]
+        # Of tensors the angles are kept: masks would be as large as the capacity squared.
+        kept = ({k: v for k, v in kwargs.items() if not isinstance(v, Tensor)} for _, kwargs in calls)
+        self.calls = [((), kwargs) for kwargs in kept]
 
     @staticmethod
     def fits(backbone: Backbone) -> bool:
-        """Returns whether the model can be of the kind that is known here."""
-        config = backbone.config
+        """Returns whether this gives what the model's own preparation does."""
+        config = backbone.config  # of transformers, as are the arguments of blocks in `begin`
         ropes = getattr(config, "rope_parameters", None) or {}
         kinds = [rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
         if not (backbone.straightens and backbone.packs and backbone.kv_shapes[1] == backbone.kv_shapes[2]):
             return False
-        return config._attn_implementation == "sdpa" and not set(kinds) & set(GROWING)
+        if torch.is_autocast_enabled(backbone.device.type):  # K/V would come in another type
+            return False
+        if config._attn_implementation != "sdpa" or set(kinds) & set(GROWING):
+            return False
+        ids = torch.arange(4, device=backbone.device)[None] % backbone.vocab_size
+        embedded, calls = backbone.start(ids, None, ids, None)
+        plain = torch.equal(embedded, backbone.inner.get_input_embeddings()(ids))
+        return plain and all(not args and "position_embeddings" in kwargs for args, kwargs in calls)
 
     def begin(self) -> tuple[Tensor, list]:
         """Moves on by a column; returns embeddings [batch, 1, hidden] of the newest tokens and the calls of all blocks

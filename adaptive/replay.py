@@ -3,29 +3,34 @@
 On a GPU a step of a small model is a thousand kernels that take less time to run than to launch. A graph launches its
 kernels at once, but always the same ones: so every row runs through every segment that any row needs, and who has left
 is written over, logits and K/V, by what his exit makes of him. A segment that nobody needs is not launched. Nothing
-is read back but what each gate says. As in transformers, `cache_implementation="static"` asks for this; without it, on
-other devices, and for what `fits` refuses, `walk.py` runs kernels one by one. Both give the same but for the order of
-summation.
+is read back but what each gate says. The trace says where rows left, not that they were run along with others.
+
+As in transformers, `cache_implementation="static"` asks for this; without it, on other devices, and for what `fits`
+refuses, `walk.py` runs kernels one by one. Both give the same but for the order of summation.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adaptive.placed import Placed, Unfit
+from adaptive.exits import spread
+from adaptive.placed import Placed
 from adaptive.walk import Walk
 
 SMALLEST = 256  # columns; twice as many whenever these are used up
-KEPT = 4  # sets of graphs of a model, each with K/V of its own, that are kept for the next generation
+KEPT = 8  # sets of graphs of a model, each with K/V of its own, that are kept for later generations
 DEVICES = ("cuda",)
 
+logger = logging.getLogger(__name__)
 _kept: WeakKeyDictionary = WeakKeyDictionary()  # exits -> sets of graphs that nobody uses, the newest last
 _lock = threading.Lock()
 _capturing = threading.Lock()  # torch captures on one stream
@@ -58,27 +63,31 @@ class Graphs:
         segments: launch what leads to each of these, its gate's scores included, and to full depth.
         leave: launch what those in `left` say there, and their K/V beyond.
         scores, left: for each, [batch] float32 and bool.
+        normed: for each, the states [batch, hidden] that its head has made.
         out: logits [batch, vocabulary] float32.
         key: what must not have changed for this to be used again.
+        held: what the graphs read that nobody else may keep.
     """
 
     def __init__(self, walk: Walk, capacity: int):
-        batch = len(walk.tokens.ids)
+        batch, device = len(walk.tokens.ids), walk.device
         self.key, self.capacity, self.walk = key(walk), capacity, walk
         self.placed = Placed(walk.backbone, batch, capacity)
         self.asked = [index for index, is_asked in enumerate(walk.asked) if is_asked]
-        self.scores = [torch.zeros(batch, device=walk.device) for _ in self.asked]
-        self.left = [torch.ones(batch, dtype=torch.bool, device=walk.device) for _ in self.asked]
+        self.scores = [torch.zeros(batch, device=device) for _ in self.asked]
+        self.left = [torch.ones(batch, dtype=torch.bool, device=device) for _ in self.asked]
         self.shown = [np.ones(batch, bool) for _ in self.asked]  # what `left` holds
-        self.out = torch.zeros(batch, walk.backbone.vocab_size, device=walk.device)
+        self.out = torch.zeros(batch, walk.backbone.vocab_size, device=device)
         self.states: list[Tensor] = []
+        self.normed: dict[int, Tensor] = {}
         self.calls: list = []
-        pool = torch.cuda.graph_pool_handle() if walk.device.type == "cuda" else None
         places = range(len(self.asked))
-        self.segments = [captured(lambda place=place: self._segment(place), pool, walk.device) for place in places]
-        self.segments.append(captured(self._last, pool, walk.device))
-        self.leave = [captured(lambda place=place: self._leave(place), pool, walk.device) for place in places]
-        if pool is not None:
+        segments = [partial(self._segment, place) for place in places]
+        leave = [partial(self._leave, place) for place in places]
+        made = captured([*segments, self._last, *leave], device)
+        self.segments, self.leave = made[: len(places) + 1], made[len(places) + 1 :]
+        self.held = (walk.backbone.packed, walk.run, dict(walk.exits._rows))
+        if device.type == "cuda":
             del self.walk  # and with it the exits, which otherwise would never be forgotten
 
     def _segment(self, place: int) -> None:
@@ -104,8 +113,9 @@ class Graphs:
 
     def _leave(self, place: int) -> None:
         walk, index, who = self.walk, self.asked[place], self.left[place]
-        logits, ids = walk.exits.logits(walk.backbone, index, walk.exits.heads[index](self.states[place])[:, 0])
-        self.out.copy_(torch.where(who[:, None], walk.spread(logits.float(), ids), self.out))
+        self.normed[place] = walk.exits.heads[index](self.states[place])[:, 0]
+        logits, ids = walk.exits.logits(walk.backbone, index, self.normed[place])
+        self.out.copy_(torch.where(who[:, None], spread(logits.float(), ids, self.out.shape[1]), self.out))
         if walk.depths[index] < walk.backbone.num_layers:
             self.placed.fill(self.states[place], self.calls, walk.depths[index], who, walk.exits.fills[index])
 
@@ -119,26 +129,32 @@ class Graphs:
         self.leave[place]()
 
 
-def captured(work: Callable[[], None], pool, device: torch.device) -> Callable[[], None]:
-    """Returns what does `work` again, on the same memory; on a CPU the work itself."""
+def captured(works: list[Callable[[], None]], device: torch.device) -> list[Callable[[], None]]:
+    """Returns what does each of these works again, on the same memory; on a CPU the works themselves."""
     if device.type != "cuda":
-        work()
-        return work
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        work()  # libraries make their workspaces at the first call
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on
-        work()
-    return graph.replay
+        for work in works:
+            work()
+        return works
+    graphs = []
+    with torch.cuda.device(device), _capturing:
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        for work in works:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                work()  # libraries make their workspaces at the first call
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graphs.append(torch.cuda.CUDAGraph())
+            # Other threads may go on.
+            with torch.cuda.graph(graphs[-1], pool=pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+    return [graph.replay for graph in graphs]
 
 
 def key(walk: Walk) -> tuple:
-    """Returns what changes when graphs would compute something else: exits asked, the batch, and every weight."""
+    """Returns what changes when graphs would compute something else: the batch, exits asked, and every weight."""
     weights = (*walk.backbone.model.parameters(), *walk.exits.parameters(), *walk.exits.buffers())
-    return len(walk.tokens.ids), tuple(walk.asked), tuple((each.data_ptr(), each._version) for each in weights)
+    stamps = tuple((each.data_ptr(), each._version) for each in weights)
+    return len(walk.tokens.ids), tuple(walk.asked), (id(walk.backbone.projections), *stamps)
 
 
 class Replay:
@@ -150,14 +166,12 @@ class Replay:
 
     def __init__(self, walk: Walk):
         self.walk, self.tokens, self.record = walk, walk.tokens, walk.record
-        self.graphs = self._take(SMALLEST)
+        self.graphs: Graphs | None = None
+        self.leaving: list[tuple[int, np.ndarray]] | None = None  # place of an exit, and rows; None: the prompt's step
 
     def prefill(self) -> Tensor:
         """Runs the prompt as the walk does; returns logits [batch, vocabulary] of the first new token."""
-        logits = self.walk.prefill()
-        self.graphs.placed.column.fill_(self.tokens.length - 1)
-        self.graphs.placed.padding.copy_(torch.from_numpy(self.tokens.padding))
-        return logits
+        return self.walk.prefill()
 
     def step(self, live: np.ndarray) -> Tensor:
         """Runs the newest tokens; returns logits [batch, vocabulary], which mean nothing in rows that have ended.
@@ -165,9 +179,9 @@ class Replay:
         Args:
             live: rows of the batch; those left out have ended for good.
         """
-        if self.tokens.length > self.graphs.capacity:
-            self._grow()
-        walk, graphs, rows, leaving = self.walk, self.graphs, live, []
+        if self.graphs is None or self.tokens.length > self.graphs.capacity:
+            self._move()
+        walk, graphs, rows, self.leaving = self.walk, self.graphs, live, []
         graphs.placed.ids.copy_(self.tokens.ids[:, -1:])
         graphs.segments[0]()
         now = self.record.open()
@@ -178,58 +192,74 @@ class Replay:
             out = who[walk.policies.leaves(index, scores[who], who, self.record.progress)]
             if len(out):
                 now["taken"][out], now["headed"][out, index] = index, True
-                leaving.append((place, out))
+                self.leaving.append((place, out))
                 rows = rows[~np.isin(rows, out)]
             if not len(rows):
                 break
             graphs.segments[place + 1]()
         now["taken"][rows] = len(walk.depths)
-        for place, out in leaving:  # last, as the segments have run those who left along
+        for place, out in self.leaving:  # last, as the segments have run those who left along
             graphs.let_out(place, out)
         self.record.close(live)
         return graphs.out.clone()
 
-    def close(self) -> None:
-        """Keeps the graphs for the next generation."""
-        with _lock:
-            kept = _kept.setdefault(self.walk.exits, [])
-            kept.append(self.graphs)
-            del kept[:-KEPT]
+    @property
+    def listed(self) -> list[tuple[np.ndarray, Tensor]]:
+        """As `Walk.listed`."""
+        if self.leaving is None:
+            return self.walk.listed
+        made = self.graphs.normed
+        return [(rows, made[place][torch.as_tensor(rows, device=self.walk.device)]) for place, rows in self.leaving]
 
-    def _take(self, capacity: int) -> Graphs:
-        """Returns graphs with room for all tokens so far, kept ones if there are any, and puts the walk's K/V there."""
-        while capacity < self.tokens.length + 1:
+    def close(self) -> None:
+        """Keeps the graphs for later generations."""
+        if self.graphs is not None:
+            with _lock:
+                kept = _kept.setdefault(self.walk.exits, [])
+                kept.append(self.graphs)
+                del kept[:-KEPT]
+
+    def _take(self) -> Graphs:
+        """Returns graphs with room for all tokens so far: kept ones if there are any."""
+        capacity, wanted = SMALLEST, key(self.walk)
+        while capacity < self.tokens.length:
             capacity *= 2
-        wanted, graphs = key(self.walk), None
         with _lock:
             kept = _kept.get(self.walk.exits, [])
             kept[:] = [each for each in kept if each.key[2] == wanted[2]]
-            fitting = [each for each in kept if each.key == wanted and each.capacity == capacity]
-            if fitting:
-                graphs = fitting[-1]
-                kept.remove(graphs)
-        graphs, cache = graphs or Graphs(self.walk, capacity), self.walk.kv
-        graphs.placed.buffer.zero_()  # masked columns are multiplied by 0, which what is no number survives
-        cache.capacity = capacity
-        cache.keys, cache.values = (list(graphs.placed.buffer[:, part]) for part in (0, 1))
-        return graphs
+            for graphs in kept:
+                if graphs.key == wanted and graphs.capacity == capacity:
+                    kept.remove(graphs)
+                    return graphs
+        logger.info("making graphs for a batch of %d and %d columns", len(self.tokens.ids), capacity)
+        with torch.inference_mode(False), torch.no_grad():  # what they are made of outlasts this generation
+            return Graphs(self.walk, capacity)
 
-    def _grow(self) -> None:
-        old = self.graphs
-        self.graphs = self._take(2 * old.capacity)
-        here, there = self.graphs.placed, old.placed
-        here.buffer[..., : old.capacity, :].copy_(there.buffer)
-        here.column.copy_(there.column)
-        here.padding.copy_(there.padding)
+    def _move(self) -> None:
+        """Puts all tokens so far into graphs with room for them."""
+        end, graphs = self.tokens.length - 1, self._take()
+        placed = graphs.placed
+        placed.buffer.zero_()  # masked columns are multiplied by 0, which what is no number survives
+        graphs.out.zero_()
+        if self.graphs is None:
+            for parts in zip(placed.buffer, self.walk.kv.keys, self.walk.kv.values, strict=True):
+                for there, here in zip(parts[0], parts[1:], strict=True):
+                    there[:, :, :end].copy_(here[: len(there), :, :end])
+            self.walk.kv.keys, self.walk.kv.values = [], []
+        else:
+            placed.buffer[..., :end, :].copy_(self.graphs.placed.buffer[..., :end, :])
+            self.close()
+        placed.column.fill_(end - 1)
+        placed.padding.copy_(torch.from_numpy(self.tokens.padding))
+        self.graphs = graphs
 
 
 @contextmanager
 def steps(walk: Walk, static: bool):
     """Gives what takes the steps of a generation: a `Replay` where one is wanted and fits, or the walk itself."""
-    replay = None
-    if static and fits(walk):
-        with suppress(Unfit):
-            replay = Replay(walk)
+    replay = Replay(walk) if static and fits(walk) else None
+    if static and replay is None:
+        logger.info("a static cache is asked for, but steps of this kind are not replayed")
     yield replay or walk
     if replay is not None:  # after an error they are forgotten
         replay.close()

@@ -1,7 +1,8 @@
 """Exits on disk: exits.safetensors, exit_config.json, certificate.json and a model card, whole or not at all.
 
 Everything is written into a temporary folder first and moved into place when it is complete, so a full disk or an
-interrupt leaves what was there before.
+interrupt leaves what was there before. (Who is killed while files are being moved leaves a mixture, which loading
+refuses.)
 """
 
 from __future__ import annotations
@@ -80,12 +81,7 @@ def save(model, folder: Path) -> None:
         if model.certificate is not None:
             model.certificate.save(fresh / CERTIFICATE)
         (fresh / "README.md").write_text(model_card(model, source, model.mode))
-        for path in sorted(fresh.iterdir()):
-            if path.is_dir():
-                shutil.rmtree(folder / path.name, ignore_errors=True)
-            os.replace(path, folder / path.name)
-        if model.certificate is None:
-            (folder / CERTIFICATE).unlink(missing_ok=True)  # it was of other exits
+        _move_in(fresh, folder, [] if model.certificate is not None else [CERTIFICATE])  # it was of other exits
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"could not save to '{folder}': {error}; what was saved there before is untouched; make room or "
@@ -93,6 +89,27 @@ def save(model, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _move_in(fresh: Path, folder: Path, gone: list[str]) -> None:
+    """Moves all that is in `fresh` into a folder, and takes away what is `gone`; on an error nothing has changed."""
+    old = Path(tempfile.mkdtemp(prefix=".saved-", dir=folder))
+    moved = []
+    try:
+        for name in [*sorted(path.name for path in fresh.iterdir()), *gone]:
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+            if (fresh / name).exists():
+                os.replace(fresh / name, folder / name)
+                moved.append(name)
+    except BaseException:
+        for name in moved:
+            os.replace(folder / name, fresh / name)
+        for path in old.iterdir():
+            os.replace(path, folder / path.name)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_backbone(model, folder: Path) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptive.drafting import Drafting
+from adaptive.exits import widened
 from adaptive.policy import Trace
 from adaptive.sampling import draw, judge
 from adaptive.walk import Walk
@@ -122,7 +123,7 @@ class Speculation:
             if place in judged:
                 end, token = self._judge(row, judged[place])
             else:
-                end, token = column, self._draft(row, logits[row.index])
+                end, token = column, self._draft(row, logits)
             ends.append(end)
             newest.append(token)
         going = [place for place, row in enumerate(live) if not row.ended]
@@ -152,8 +153,11 @@ class Speculation:
         return row.due or left <= 1 or len(row.drafts) >= row.plan.limit
 
     def _draft(self, row: Row, logits: Tensor) -> int:
-        """Returns the token that an exit says, from its logits [vocabulary]; it waits for judgement."""
-        scores = self._processed(row, self.tokens.length, logits[None])
+        """Returns the token that an exit says, from logits [batch, vocabulary]; it waits for judgement."""
+        scores = self._processed(row, self.tokens.length, logits[row.index][None].clone())
+        if row.processors and scores.amax() == -torch.inf:  # nothing on the exit's shortlist is allowed
+            whole = widened(logits, self.walk.listed, np.array([row.index]), self.walk.backbone)
+            scores = self._processed(row, self.tokens.length, whole[row.index][None])
         if row.source is None:
             token = int(scores.argmax(-1))
         else:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptive.backbone import Backbone
-from adaptive.exits import Exits, best
+from adaptive.exits import Exits, best, spread
 from adaptive.kv import KV, select_rows
 from adaptive.lanes import GROWTH, BlockLane, Cells, Lane, Tokens, at, gather
 from adaptive.losses import regret
@@ -47,6 +47,7 @@ class Walk:
         members: which rows of the batch the K/V hold.
         record: the trace so far.
         checked: passes at full depth in the last step, if `kv` is "verify": tokens, and logits [tokens, vocabulary].
+        listed: rows of the batch that left in the last step with a shortlist, and their normed states [rows, hidden].
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Walk:
         """Opens a column of the trace and returns the newest tokens' embeddings [members, 1, hidden]."""
         self.now, self.newest, self.narrowed, self.checked = self.record.open(), self.tokens.length - 1, {}, []
         self.parts: list[tuple[np.ndarray, Tensor]] = []  # rows of the batch that have left, and what they say: logits
+        self.listed: list[tuple[np.ndarray, Tensor]] = []
         self.unread: list[tuple] = []  # for the LM head: tokens, normed states; rows of the batch, whose these are
         self.kv.column, self.kv.rows, self.kv.cells = self.newest, None, None
         hidden, self.calls = self.backbone.start(*self.tokens.since(self.newest, self.members.lead), self.kv)
@@ -248,7 +250,7 @@ class Walk:
                 cells, states = self._newest(cells.rows[read]), at(cells.newest(states), read)
             self.now["taken"][who] = len(self.depths)
             self.unread.append((cells, self.backbone.norm(cells.flat(states)), who, places))
-        parts = self.parts  # rows of the batch, and their logits
+        parts = self.parts
         if self.unread:
             passes, normed, *riders = zip(*self.unread, strict=True)
             logits = self.backbone.logits(normed[0] if len(normed) == 1 else torch.cat(normed)).float()
@@ -281,7 +283,8 @@ class Walk:
         gate, logits, ids, read = self.exits.gates[index], None, None, partial(self.exits.logits, self.backbone, index)
         early = self.probe or gate.reads_logits
         if early:
-            logits, ids = read(self._head(index, rows, state, who))
+            normed = self._head(index, rows, state, who)
+            logits, ids = read(normed)
         scores = gate.score(state[:, 0], logits, before[:, 0]).float().cpu().numpy()[places]
         self.now["scores"][who, index] = scores
         if self.probe:
@@ -293,13 +296,15 @@ class Walk:
             self.now["taken"][who] = index
             if early:
                 logits, ids = at(logits, leaving), ids if ids is None or ids.dim() == 1 else at(ids, leaving)
+                normed = at(normed, leaving)
             else:
                 normed = self._head(index, rows[leaving], at(state, leaving), who)
                 if self.exits.sizes[index] is None:
                     self.unread.append((self._newest(rows[leaving]), normed, who, told))
                     return who, places
                 logits, ids = read(normed)
-            self.parts.append((who, at(self.spread(logits.float(), ids), told)))
+            self.listed.append((who, at(normed, told)))
+            self.parts.append((who, at(spread(logits.float(), ids, self.backbone.vocab_size), told)))
         return who, places
 
     def _head(self, index: int, rows: np.ndarray, state: Tensor, who: np.ndarray) -> Tensor:
@@ -315,13 +320,6 @@ class Walk:
             normed = lane.own_features(rows, self.tokens, self.members.lead)
             self.record.catch_up(index, who)
         return normed[:, 0]
-
-    def spread(self, logits: Tensor, ids: Tensor | None) -> Tensor:
-        """Returns logits [rows, vocabulary] from those of a shortlist; what is not on it cannot be said."""
-        if ids is None:
-            return logits
-        full = logits.new_full((len(logits), self.backbone.vocab_size), -torch.inf)
-        return full.scatter_(1, ids.expand_as(logits), logits)
 
     def _keep(self, index: int, done: list[tuple[Cells, Tensor]]) -> None:
         """Keeps states at an exit for those who may wait there, and for a block head with K/V of its own."""

@@ -49,9 +49,6 @@ if __name__ == "__main__":
 import html
 import json
 import os
-import platform
-import re
-import subprocess
 import time
 from itertools import groupby
 from pathlib import Path
@@ -70,6 +67,7 @@ from adaptive.data import digest
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import encode, pieces
+from adaptive.provenance import provenance
 from adaptive.runs import put, write_json
 from adaptive.storage import model_digest
 
@@ -99,7 +97,7 @@ class Job:
 def main(config: ReportConfig) -> dict:
     """Writes the report; returns what report.json holds."""
     job, folder, points = prepared(config), Path(config.run) / "report", {}
-    report, names = provenance(job), job.certificates
+    report, names = made_by(job), job.certificates
     for name in tqdm(job.policies, desc="operating points", unit="point"):
         points[name] = part(job, name, {"certificate": names.get(name)}, measured, job.policies[name], points.get(FULL))
     longest = sorted(range(len(job.prompts)), key=lambda i: -len(points[FULL]["answers"][i]))[: config.speed_prompts]
@@ -311,19 +309,10 @@ def painted(shown: dict, style: str) -> str:
     return "\n".join(form.format(name, text) for name, text in parts.items())
 
 
-def provenance(job: Job) -> dict:
+def made_by(job: Job) -> dict:
     """Returns where the figures come from."""
-    git = "git describe --always --dirty --abbrev=40 --exclude='*'"
-    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.processor()])[0]
-    device = torch.cuda.get_device_name() if job.model.device.type == "cuda" else "cpu"
-    packages = [sys.modules[name] for name in ("torch", "transformers", "numpy", "matplotlib", "adaptive")]
     unit = f" above {job.settings['tolerance']} nats" if job.settings["harm"] == "regret" else ""
-    return {
-        "command": " ".join(sys.argv),
-        "commit": commit or None,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    return provenance("matplotlib") | {
         "model": str(job.model.view.inner.name_or_path),
         "exits": job.model.exit_config.to_dict(),
         "calibration": job.settings,
@@ -331,8 +320,6 @@ def provenance(job: Job) -> dict:
         "prompts": len(job.prompts),
         "selection_prompts": len(job.selection),
         "prompts_digest": job.made_with["prompts"],
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device},
-        "versions": {"python": sys.version, **{package.__name__: package.__version__ for package in packages}},
     }
 
 

@@ -97,6 +97,9 @@ def test_too_few_prompts_are_refused_with_the_number_needed(model):
 def test_impossible_requests_are_named_at_once(model):
     with pytest.raises(ValueError, match="(?s)harm.*bound.*risk.*delta"):
         calibrate(model, questions(10), risk=2.0, delta=0, harm="nothing", bound="none", tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match="(?s)tolerance.*max_new_tokens.*batch_size"):
+        wrong = {"tolerance": float("nan"), "max_new_tokens": 2.5, "batch_size": 0}
+        calibrate(model, questions(10), **wrong, tokenizer=Tokenizer())
     with pytest.raises(ValueError, match="tolerence"):
         calibrate(model, questions(10), tolerence=1, tokenizer=Tokenizer())
     with pytest.raises(ValueError, match="no prompts"):

@@ -26,6 +26,10 @@ def folder(tmp_path_factory) -> Path:
     return export(made(), tmp_path_factory.mktemp("export") / "out", "fp32", tokenizer())
 
 
+def test_a_folder_can_be_read_by_whoever_it_is_shipped_to(folder):
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
 def test_nothing_but_numpy_onnxruntime_and_tokenizers_is_needed(folder):
     code = (
         "import sys\nfor name in ('torch', 'transformers', 'adaptive', 'onnx'): sys.modules[name] = None\n"

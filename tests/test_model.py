@@ -1,6 +1,7 @@
 """The wrapped model: what it costs, what it saves, what it refuses, and what its loss means."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -268,7 +269,9 @@ def test_two_threads_can_generate_at_once(llama):
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-def test_a_full_disk_leaves_the_earlier_save(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moves", [None, 2, 3])
+def test_a_full_disk_leaves_the_earlier_save(moves, tmp_path, monkeypatch):
+    """It is full when weights are written, or after some moves into place."""
     from adaptive import storage
 
     tiny("llama").save_pretrained(tmp_path / "backbone")
@@ -281,7 +284,11 @@ def test_a_full_disk_leaves_the_earlier_save(tmp_path, monkeypatch):
 
     with torch.no_grad():
         model.exits.heads[0].up.weight.add_(1)
-    monkeypatch.setattr(storage, "save_file", full)
+    if moves is None:
+        monkeypatch.setattr(storage, "save_file", full)
+    else:
+        real, calls = os.replace, iter(range(99))
+        monkeypatch.setattr(storage.os, "replace", lambda *a: full() if next(calls) == moves else real(*a))
     with pytest.raises(OSError, match="untouched"):
         model.save_pretrained(tmp_path / "saved")
     assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
