@@ -116,6 +116,31 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
     assert {"command", "commit", "machine", "versions", "date"} <= set(record)
 
 
+def test_what_full_depth_pays_is_judged_by_the_original(place, tmp_path):
+    study, asked = script("eval/study"), json.loads((place / "prompts.json").read_text())["certify"]
+    variations = {"along": {"mode": "lora", "lora_rank": 2, "backbone_rate": 0.3}}
+    files = [str(place / "base.yaml"), str(place / "prompts.json"), str(tmp_path)]
+    study.main(study.StudyConfig(*files, variations, answer_tokens=6))
+    found, record = load_file(tmp_path / "along.safetensors"), json.loads((tmp_path / "along.json").read_text())
+    models = [EarlyExitModel.from_backbone(str(place / "model"), ExitConfig([1], head="norm"), dtype=torch.float32),
+              EarlyExitModel.from_pretrained(tmp_path / "along", dtype=torch.float32)]  # fmt: skip
+    expected = []
+    for ids, said in zip(asked, json.loads((tmp_path / "answers.json").read_text())["answers"], strict=True):
+        text = torch.tensor([ids + said])
+        with torch.no_grad():
+            before, after = (m.eval()(text).logits[0, len(ids) - 1 : -1].log_softmax(-1) for m in models)
+        word = after.argmax(-1)
+        lost = before.amax(-1) - before.gather(-1, word[:, None])[:, 0]
+        expected.append(torch.stack([lost, (before.exp() * (before - after)).sum(-1), word == before.argmax(-1)], 1))
+    lost, kl, same = torch.cat(expected).numpy().T
+    assert np.allclose(found["original_regret"][:, -1], lost, atol=1e-4) and kl.mean() > 0.01
+    assert np.allclose(found["original_kl"], kl, atol=1e-4) and np.array_equal(found["original_agrees"], same)
+    assert record["by_original"]["full_depth"] == pytest.approx(
+        {"no_harm": (lost <= 0.25).mean(), "agrees": same.mean(), "kl": kl.mean()}, abs=1e-4
+    )
+    assert len(record["by_original"]["no_harm"]) == 3
+
+
 def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
     recipes = script("eval/recipes")
     config = recipes.RecipesConfig(str(studied), str(tmp_path), "plain", ["plain", "longer"])
