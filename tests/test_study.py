@@ -194,6 +194,31 @@ def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
     assert next(r for r in table if r["rank"] == 32 and r["entries"] == 8)["holds"] == 1.0  # the whole head
 
 
+def test_differences_are_paired_over_prompts(studied, tmp_path):
+    paired, generator = script("eval/paired"), np.random.default_rng(0)
+    values, base = generator.random((2, 12, 5))
+    rows = np.repeat(np.arange(12), 5)
+    found = paired.compared(values.ravel(), base.ravel(), rows)
+    by_prompt = (values - base).mean(1)
+    assert found["difference"] == pytest.approx(by_prompt.mean())
+    assert found["error"] == pytest.approx(by_prompt.std(ddof=1) / 12**0.5)
+    output = tmp_path / "paired.json"
+    found = paired.main(paired.PairedConfig(str(studied), ["longer:plain", "plain:plain"], str(output)))
+    assert json.loads(output.read_text())["pairs"] == found
+    assert {(one["difference"], one["error"]) for one in found["plain:plain"].values()} == {(0, 0)}
+    now, then = ((load_file(studied / f"{name}.safetensors")["regret"] <= 0.25).mean(0) for name in ("longer", "plain"))
+    assert found["longer:plain"]["no_harm 2"]["difference"] == pytest.approx(now[1] - then[1])
+    assert found["longer:plain"]["original kl"]["mean"] == 0 and found["longer:plain"]["original agrees"]["mean"] == 1
+    # The oracle pays what the tables say, but for first tokens.
+    record, arrays = json.loads((studied / "plain.json").read_text()), load_file(studied / "plain.safetensors")
+    arrays |= {"harm": (arrays["regret"] > 0.25).astype(float), "place": arrays["place"] + 1}
+    arrays["oracle"] = 1 - arrays["harm"]
+    priced = script("eval/recipes").measured(record, arrays, "oracle", (0.5,) * 3, arrays["place"] > 1)
+    assert found["plain:plain"]["oracle"]["mean"] == pytest.approx(priced["relative_flops"])
+    with pytest.raises(ConfigError, match="`pairs` has \\['plain'\\](.|\n)*has no \\['gone', 'plain-too'\\]"):
+        paired.PairedConfig(str(studied), ["plain", "gone:plain-too"], "x.json")
+
+
 def test_auc_counts_pairs():
     recipes, generator = script("eval/recipes"), np.random.default_rng(0)
     scores, true = generator.integers(0, 6, 50).astype(float), generator.random(50) < 0.4
