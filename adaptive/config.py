@@ -111,7 +111,8 @@ class LossConfig(Checked):
         tolerance: regret in nats up to which a token does no harm; the gates' target
         final: weight of the full depth's own distillation term (modes lora and full)
         layer_dropout: largest probability of skipping a block in training, reached at the last block
-        curriculum: which exits take part in a step: all of them (none) or in turn (rotational)
+        curriculum: which of the exits that weigh anything take part in a step: all of them (none), one in turn
+            (rotational), or the deepest first and the others one by one until half of the steps are done (gradual)
     """
 
     divergence: Literal["forward", "reverse", "js", "tv"] = "forward"
@@ -123,7 +124,7 @@ class LossConfig(Checked):
     tolerance: float = 0.25
     final: float = 1.0
     layer_dropout: float = 0.0
-    curriculum: Literal["rotational"] | None = None
+    curriculum: Literal["rotational", "gradual"] | None = None
 
     def problems(self) -> list[str]:
         """One line for each fault."""
@@ -146,6 +147,8 @@ class TrainConfig(Checked):
         states: folder that keeps what a frozen backbone makes of the data, for later passes and runs; none = run it
         mode: what moves: the exits (frozen), also adapters on the backbone (lora), or all weights (full)
         lora_rank: rank of the adapters in mode lora
+        lora_modules: names of the layers that get adapters, e.g. q_proj; none = all linear ones
+        lora_blocks: number of first blocks that get adapters; none = all of them
         exits: where the exits are and what they are made of
         loss: what they are trained towards
         sequence_length: tokens per sequence
@@ -155,6 +158,7 @@ class TrainConfig(Checked):
         gate_tokens: labelled tokens that gates are fitted to, where there are so many
         fill_tokens: labelled tokens that keys and values of skipped blocks are fitted to
         learning_rate: the largest of the schedule
+        backbone_rate: the largest of adapters or backbone; none = a tenth (lora) or a hundredth (full) of learning_rate
         gradient_checkpointing: recompute activations in the backward pass, for less memory
         eval_every: optimizer steps from one evaluation to the next
         seed: of initial values, data order and sampling
@@ -167,6 +171,8 @@ class TrainConfig(Checked):
     states: str | None = None
     mode: Literal["frozen", "lora", "full"] = "frozen"
     lora_rank: int = 16
+    lora_modules: list[str] | None = None
+    lora_blocks: int | None = None
     exits: ExitConfig
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     sequence_length: int = 256
@@ -176,6 +182,7 @@ class TrainConfig(Checked):
     gate_tokens: int = 131072  # 16,384, 32,768 and 75,000 gave 0.789, 0.783 and 0.774 of the FLOPs at 2 % harm
     fill_tokens: int = 16384  # 8,000, 16,000, 26,000 leave 0.27, 0.24, 0.23 of the variance behind 14 of 30 blocks
     learning_rate: float = 1e-3
+    backbone_rate: float | None = None
     gradient_checkpointing: bool = False
     eval_every: int = 50
     seed: int = 0
@@ -183,13 +190,14 @@ class TrainConfig(Checked):
 
     def problems(self) -> list[str]:
         """One line for each fault, those that `exits` and `loss` have together included."""
-        found = self._below(1, "lora_rank", "batch_size", "accumulate", "steps", "eval_every")
+        found = self._below(1, "lora_rank", "lora_blocks", "batch_size", "accumulate", "steps", "eval_every")
         found += self._below(1, "gate_tokens", "fill_tokens")
         found += self._below(2, "sequence_length") + self._below(0, "seed")
         if not self.data:
             found.append("`data` is empty; name at least one folder, file or data set")
-        if not 0 < self.learning_rate < math.inf:
-            found.append(f"`learning_rate` is {self.learning_rate}; it must be above 0")
+        for name in ("learning_rate", "backbone_rate"):
+            if (rate := getattr(self, name)) is not None and not 0 < rate < math.inf:
+                found.append(f"`{name}` is {rate}; it must be above 0")
         if self.states and (self.mode != "frozen" or self.exits.head_kv == "shared"):
             found.append(f"`states` is {self.states!r}; leave it out, or set mode frozen and head_kv own")
         if (weights := self.loss.weights) is not None and len(weights) != len(self.exits.depths):

@@ -236,6 +236,14 @@ def rotational(step: int, num_exits: int) -> list[bool]:
     return [step % num_exits == exit_index for exit_index in range(num_exits)]
 
 
+def gradual(step: int, steps: int, num_exits: int) -> list[bool]:
+    """Which exits take part in the loss of a step of a run of `steps`, [E]: the deepest, one more after each 2E-th.
+
+    Gradual curriculum: Elhoushi et al. 2024, "LayerSkip", section 4.1.2, with exits in place of all layers.
+    """
+    return [num_exits - 1 - exit_index <= 2 * num_exits * step // steps for exit_index in range(num_exits)]
+
+
 def _log_softmax(logits: Tensor, log_weight: Tensor | None) -> Tensor:
     """Log-mass of what each column stands for; at least float32, whatever comes in."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -70,7 +70,7 @@ class EarlyExitModel(nn.Module):
         self.policy = ExitPolicy.full(len(self.depths))
         self.certificate: Certificate | None = None
         self.mode, self.step, self.seed = "frozen", 0, 0
-        self.own_clock = True
+        self.own_clock, self.steps = True, 1  # of the whole run; only the gradual curriculum asks
         self._teacher: list = []
         self.train_mode("frozen")
 
@@ -194,6 +194,11 @@ class EarlyExitModel(nn.Module):
     def gate_parameters(self) -> list[nn.Parameter]:
         """Returns the trainable parameters of the gates."""
         return [p for p in self.exits.gates.parameters() if p.requires_grad]
+
+    def modules_from(self, depth: int) -> list[str]:
+        """Returns the names, within the backbone, of all modules in the blocks from `depth` on."""
+        inside = set(self.view.blocks[depth:].modules())
+        return [name for name, module in self.backbone.named_modules() if module in inside]
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """Returns the trainable parameters of the backbone; none in mode "frozen"."""

@@ -250,10 +250,15 @@ def _targets(view: Backbone, normed: Tensor, labels: Tensor, top_k: int, top: Te
 def _weights(model, config) -> list[float]:
     weights = config.weights or [1.0] * len(model.depths)
     mean = sum(weights) / len(weights)
-    on = [True] * len(weights)
-    if config.curriculum == "rotational" and model.training:
-        on = losses.rotational(model.step, len(weights))
-    return [weight / mean / len(weights) * is_on for weight, is_on in zip(weights, on, strict=True)]
+    on = set(range(len(weights)))
+    if config.curriculum and model.training:
+        learning = [index for index, weight in enumerate(weights) if weight]  # the others would waste their turn
+        if config.curriculum == "rotational":
+            turn = losses.rotational(model.step, len(learning))
+        else:
+            turn = losses.gradual(model.step, model.steps, len(learning))
+        on = {index for index, is_on in zip(learning, turn, strict=True) if is_on}
+    return [weight / mean / len(weights) * (index in on) for index, weight in enumerate(weights)]
 
 
 def _dropped(layers: int, batch: int, p_max: float, generator: torch.Generator, device) -> Tensor | None:

@@ -5,7 +5,9 @@
 
 Each variation is trained by `accelerate launch train/exits.py` and judged on the full model's own greedy answers to
 prompts that no variation trained on: one teacher-forced pass gives what every gate, every training-free score and every
-exit says of each token. eval/recipes.py makes figures, tables and pictures of it. In the output folder:
+exit says of each token. Harm is judged by the variation's own full depth; where that was trained along, the record also
+has what the original thinks of it, and of the exits. eval/recipes.py makes figures, tables and pictures of it. In the
+output folder:
 
     NAME/, NAME.yaml       the training run of a variation
     NAME.safetensors       what its exits and scores say of every token
@@ -108,12 +110,16 @@ def main(config: StudyConfig) -> None:
             continue
         took = train(plan, folder / f"{name}.yaml")
         model = EarlyExitModel.from_pretrained(plan["output"], dtype=torch.float32).eval()
-        found = judged(model, answered(model, config, plan))
+        rows = answered(model, config, plan)
+        found, extra = judged(model, rows), {}
+        if plan.get("mode", "frozen") != "frozen":
+            found |= by_original(model, rows, found["said"], plan, Path(config.output) / "states")
+            extra = {"by_original": means(found, model.loss_config.tolerance)}
         put(folder / f"{name}.safetensors", lambda fresh, found=found: save_file(found, fresh))
         about = {"tolerance": model.loss_config.tolerance, "shape": model.costs.shape, "exits": model.costs.exits}
         training = {**spent(plan), **took}
         changes = config.variations[name] or {}
-        record = {"name": name, "made_with": made_with, "changes": changes, **about, "training": training}
+        record = {"name": name, "made_with": made_with, "changes": changes, **about, "training": training, **extra}
         write_json(path, record | provenance())
     if config.ranks and not (folder / "screen.json").exists():
         write_json(folder / "screen.json", {"table": screens(config, next(iter(plans.values()))), **provenance()})
@@ -158,6 +164,12 @@ def spent(plan: dict) -> dict:
     return {"tokens": tokens, "different_tokens": different, "kept_states": config.states is not None}
 
 
+def original_of(plan: dict, depth: int = 1) -> EarlyExitModel:
+    """Returns the model that a run started from, with one exit that nothing is asked of."""
+    name = build(TrainConfig, plan, []).model
+    return EarlyExitModel.from_backbone(name, ExitConfig([depth], head="norm"), dtype=torch.float32).eval()
+
+
 def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
     """Returns rows of prompts and the original model's greedy answers, with the backbone's states.
 
@@ -169,9 +181,7 @@ def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
     key = digest(repr([asked, config.answer_tokens, plan.get("model")]).encode())
     found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("key") != key:
-        name = build(TrainConfig, plan, []).model
-        original = EarlyExitModel.from_backbone(name, ExitConfig([1], head="norm"), dtype=torch.float32).eval()
-        said = answer(original, asked, ExitPolicy.full(1), config.answer_tokens, 64)[0]
+        said = answer(original_of(plan), asked, ExitPolicy.full(1), config.answer_tokens, 64)[0]
         found = {"key": key, "answers": said}
         write_json(path, found)
     width = max(len(a) + len(b) for a, b in zip(asked, found["answers"], strict=True))
@@ -188,10 +198,11 @@ def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
 @torch.no_grad()
 def judged(model: EarlyExitModel, rows: dict) -> dict:
     """Returns arrays about every answer token: "row", "place" (0 for an answer's first), "context" [tokens], "regret",
-    "agrees" [tokens, exits], and a [tokens, exits] array of scores for the gates and for each training-free score."""
+    "agrees" [tokens, exits], "said" [tokens, exits + 1], the words of exits and full depth, and a [tokens, exits] array
+    of scores for the gates and for each training-free score."""
     view, exits = model.view, model.exits
     gates = {"gate": None} | {kind: Gate(view, kind) for kind in BASELINES}
-    parts: dict[str, list] = {name: [] for name in ("row", "place", "context", "regret", "agrees", *gates)}
+    parts: dict[str, list] = {name: [] for name in ("row", "place", "context", "said", "regret", "agrees", *gates)}
     for row in tqdm(range(len(rows["labels"])), desc="judging", unit="prompt", leave=False):
         length = int(rows["attention_mask"][row].sum())
         start = int((rows["labels"][row] == -100)[:length].sum())
@@ -203,17 +214,19 @@ def judged(model: EarlyExitModel, rows: dict) -> dict:
             cache = TrainingKV(view.num_layers)
             states, final, calls = full_states(view, ids, None, model.depths, cache)
         full = view.logits(final[0, places]).float()
-        columns: dict[str, list] = {name: [] for name in ("regret", "agrees", *gates)}
+        columns: dict[str, list] = {name: [] for name in ("said", "regret", "agrees", *gates)}
         for index, depth in enumerate(model.depths):
             normed = exit_features(view, exits, index, depth, states[index], calls, cache)[0, places]
             logits, ids = exits.logits(view, index, normed)
             said, state = best(logits, ids), states[index][0, places]
+            columns["said"].append(said)
             columns["regret"].append(losses.regret(full, said))
             columns["agrees"].append(said == full.argmax(-1))
             before = (states[index - 1] if index else embedded)[0, places]
             for name, gate in gates.items():
                 judge = exits.gates[index] if gate is None else gate
                 columns[name].append(judge.score(state, logits, before).float())
+        columns["said"].append(full.argmax(-1))
         for name, column in columns.items():
             parts[name].append(torch.stack(column, 1).cpu().numpy())
         count = length - start
@@ -222,6 +235,31 @@ def judged(model: EarlyExitModel, rows: dict) -> dict:
         parts["context"].append(start + np.arange(count))
     found = {name: np.concatenate(part) for name, part in parts.items()}
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+@torch.no_grad()
+def by_original(model: EarlyExitModel, rows: dict, said: np.ndarray, plan: dict, folder: Path) -> dict:
+    """Returns what the original makes of a backbone that was trained along: "original_regret" [tokens, exits + 1] of
+    the words that exits and full depth said, "original_agrees" [tokens] with full depth, and "original_kl" [tokens]
+    from it to the trained full depth."""
+    original = original_of(plan, model.depths[0])
+    plain = {name: rows[name] for name in ("input_ids", "attention_mask", "labels")}
+    keep = rows["labels"][:, 1:] != -100
+    then, now = (r["states"][:, :-1, -1][keep] for r in (with_states(original, plain, folder), rows))
+    parts: dict[str, list] = {f"original_{name}": [] for name in ("regret", "agrees", "kl")}
+    for before, after, words in zip(*(t.split(256) for t in (then, now, torch.from_numpy(said))), strict=True):
+        full = original.view.logits(before).float()
+        parts["original_regret"].append(torch.stack([losses.regret(full, word) for word in words.long().T], 1))
+        parts["original_agrees"].append(words[:, -1] == full.argmax(-1))
+        parts["original_kl"].append(losses.divergence(full, model.view.logits(after).float(), "forward"))
+    return {name: torch.cat(part).numpy() for name, part in parts.items()}
+
+
+def means(found: dict, tolerance: float) -> dict:
+    """Returns, over tokens, what `by_original` found: shares of harmless words by exit, and what full depth pays."""
+    *exits, full = (found["original_regret"] <= tolerance).mean(0).tolist()
+    pays = {name: float(found[f"original_{name}"].mean()) for name in ("agrees", "kl")}
+    return {"no_harm": exits, "full_depth": {"no_harm": full, **pays}}
 
 
 @torch.no_grad()

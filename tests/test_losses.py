@@ -296,6 +296,23 @@ def test_rotational_visits_every_exit_in_turn():
     ]
 
 
+def test_gradual_starts_at_the_deepest_and_has_all_after_half_of_the_steps():
+    taking_part = [losses.gradual(step, 12, 3) for step in range(12)]
+    assert taking_part[:2] == [[False, False, True]] * 2 and taking_part[2:4] == [[False, True, True]] * 2
+    assert taking_part[4:] == [[True, True, True]] * 8
+
+
+@pytest.mark.parametrize("curriculum, expected", [("rotational", [{1}, {4}, {1}]), ("gradual", [{4}, {1, 4}, {1, 4}])])
+def test_an_exit_without_weight_takes_no_turn(llama, curriculum, expected):
+    asked = ExitConfig([1, 2, 4], head="norm", shortlist=[None, None, 24])
+    model = EarlyExitModel(llama, asked, LossConfig(weights=[1, 0, 1], curriculum=curriculum)).train()
+    model.own_clock, model.steps = False, 4
+    ids = torch.randint(3, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+    for model.step, depths in enumerate(expected):
+        found = {name for name in model(input_ids=ids, labels=ids.clone()).metrics if name.endswith("/loss")}
+        assert found == {f"exit_{depth}/loss" for depth in depths}
+
+
 def test_hidden_distance_is_added_at_its_weight(llama):
     ids = torch.randint(3, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "labels": ids.clone()}

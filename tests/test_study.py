@@ -116,6 +116,31 @@ def test_what_is_judged_is_what_a_survey_sees(place, studied, name):
     assert {"command", "commit", "machine", "versions", "date"} <= set(record)
 
 
+def test_what_full_depth_pays_is_judged_by_the_original(place, tmp_path):
+    study, asked = script("eval/study"), json.loads((place / "prompts.json").read_text())["certify"]
+    variations = {"along": {"mode": "lora", "lora_rank": 2, "backbone_rate": 0.3}}
+    files = [str(place / "base.yaml"), str(place / "prompts.json"), str(tmp_path)]
+    study.main(study.StudyConfig(*files, variations, answer_tokens=6))
+    found, record = load_file(tmp_path / "along.safetensors"), json.loads((tmp_path / "along.json").read_text())
+    models = [EarlyExitModel.from_backbone(str(place / "model"), ExitConfig([1], head="norm"), dtype=torch.float32),
+              EarlyExitModel.from_pretrained(tmp_path / "along", dtype=torch.float32)]  # fmt: skip
+    expected = []
+    for ids, said in zip(asked, json.loads((tmp_path / "answers.json").read_text())["answers"], strict=True):
+        text = torch.tensor([ids + said])
+        with torch.no_grad():
+            before, after = (m.eval()(text).logits[0, len(ids) - 1 : -1].log_softmax(-1) for m in models)
+        word = after.argmax(-1)
+        lost = before.amax(-1) - before.gather(-1, word[:, None])[:, 0]
+        expected.append(torch.stack([lost, (before.exp() * (before - after)).sum(-1), word == before.argmax(-1)], 1))
+    lost, kl, same = torch.cat(expected).numpy().T
+    assert np.allclose(found["original_regret"][:, -1], lost, atol=1e-4) and kl.mean() > 0.01
+    assert np.allclose(found["original_kl"], kl, atol=1e-4) and np.array_equal(found["original_agrees"], same)
+    assert record["by_original"]["full_depth"] == pytest.approx(
+        {"no_harm": (lost <= 0.25).mean(), "agrees": same.mean(), "kl": kl.mean()}, abs=1e-4
+    )
+    assert len(record["by_original"]["no_harm"]) == 3
+
+
 def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
     recipes = script("eval/recipes")
     config = recipes.RecipesConfig(str(studied), str(tmp_path), "plain", ["plain", "longer"])
@@ -167,6 +192,31 @@ def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "screen.json").read_text())["table"]
     assert {row["holds"] for row in table if row["entries"] == 97} == {1.0} and len(table) == 6
     assert next(r for r in table if r["rank"] == 32 and r["entries"] == 8)["holds"] == 1.0  # the whole head
+
+
+def test_differences_are_paired_over_prompts(studied, tmp_path):
+    paired, generator = script("eval/paired"), np.random.default_rng(0)
+    values, base = generator.random((2, 12, 5))
+    rows = np.repeat(np.arange(12), 5)
+    found = paired.compared(values.ravel(), base.ravel(), rows)
+    by_prompt = (values - base).mean(1)
+    assert found["difference"] == pytest.approx(by_prompt.mean())
+    assert found["error"] == pytest.approx(by_prompt.std(ddof=1) / 12**0.5)
+    output = tmp_path / "paired.json"
+    found = paired.main(paired.PairedConfig(str(studied), ["longer:plain", "plain:plain"], str(output)))
+    assert json.loads(output.read_text())["pairs"] == found
+    assert {(one["difference"], one["error"]) for one in found["plain:plain"].values()} == {(0, 0)}
+    now, then = ((load_file(studied / f"{name}.safetensors")["regret"] <= 0.25).mean(0) for name in ("longer", "plain"))
+    assert found["longer:plain"]["no_harm 2"]["difference"] == pytest.approx(now[1] - then[1])
+    assert found["longer:plain"]["original kl"]["mean"] == 0 and found["longer:plain"]["original agrees"]["mean"] == 1
+    # The oracle pays what the tables say, but for first tokens.
+    record, arrays = json.loads((studied / "plain.json").read_text()), load_file(studied / "plain.safetensors")
+    arrays |= {"harm": (arrays["regret"] > 0.25).astype(float), "place": arrays["place"] + 1}
+    arrays["oracle"] = 1 - arrays["harm"]
+    priced = script("eval/recipes").measured(record, arrays, "oracle", (0.5,) * 3, arrays["place"] > 1)
+    assert found["plain:plain"]["oracle"]["mean"] == pytest.approx(priced["relative_flops"])
+    with pytest.raises(ConfigError, match="`pairs` has \\['plain'\\](.|\n)*has no \\['gone', 'plain-too'\\]"):
+        paired.PairedConfig(str(studied), ["plain", "gone:plain-too"], "x.json")
 
 
 def test_auc_counts_pairs():

@@ -135,6 +135,15 @@ def test_only_what_should_move_moves(exits, place, tmp_path):
         assert torch.equal(tensor, run.plain.get_parameter("backbone." + name))
 
 
+def test_adapters_are_where_they_are_asked_for_and_move_at_their_own_rate(exits, place, tmp_path):
+    changes = {"mode": "lora", "lora_rank": 2, "lora_modules": ["q_proj", "down_proj"], "lora_blocks": 2}
+    run = exits.start(Accelerator(), configure(place, tmp_path / "run", backbone_rate=0.02, **changes))
+    moving = {name.split(".layers.")[1].rsplit(".lora_", 1)[0]
+              for name, p in run.plain.backbone.named_parameters() if p.requires_grad}  # fmt: skip
+    assert moving == {f"{block}.{name}" for block in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
+    assert {g["role"]: g["peak"] for g in run.optimizer.param_groups}["backbone"] == 0.02
+
+
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_resumed_run_is_the_uninterrupted_one(exits, place, tmp_path, monkeypatch, mode):
     """Stopped at step 6, with its last checkpoint at 4: the same bits in the end, and the same metrics."""

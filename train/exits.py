@@ -46,8 +46,7 @@ from adaptive.states import with_states
 
 WARM_UP, MAX_GRADIENT_NORM = 0.02, 1.0  # a share of the steps; of exits and backbone
 # Shares of the learning rate: fresh exits want about 1e-3, adapters 1e-4, whole weights 1e-5; a probe can hurry.
-GATE_PACE = 3.0
-BACKBONE_PACE = {"frozen": 0.0, "lora": 0.1, "full": 0.01}
+GATE_PACE, BACKBONE_PACE = 3.0, {"frozen": 0.0, "lora": 0.1, "full": 0.01}
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -146,10 +145,10 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
         with accelerator.main_process_first():
             rows, held_out = (with_states(model, part, Path(config.states)) for part in (rows, held_out))
     fit_exits(model, rows)
-    rate = config.learning_rate
+    rate, slow = config.learning_rate, config.backbone_rate or config.learning_rate * BACKBONE_PACE[config.mode]
     groups = [
         {"role": "exits", "peak": rate, "params": model.exit_parameters()},
-        {"role": "backbone", "peak": rate * BACKBONE_PACE[config.mode], "params": model.backbone_parameters()},
+        {"role": "backbone", "peak": slow, "params": model.backbone_parameters()},
         {"role": "gates", "peak": rate * GATE_PACE, "params": model.gate_parameters()},
     ]
     if accelerator.state.deepspeed_plugin is not None:
@@ -157,7 +156,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> Run:
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(prepared)
-    plain.seed, plain.own_clock = config.seed, False
+    plain.seed, plain.steps, plain.own_clock = config.seed, config.steps, False
     batch = config.batch_size * config.accumulate * accelerator.num_processes
     progress = {"step": 0, "best": None, "rows_per_step": batch, "data_sha256": data_sha256}
     return Run(config, accelerator, prepared, plain, optimizer, rows, held_out, progress)
@@ -172,8 +171,9 @@ def build_model(config: TrainConfig, device: torch.device, mixed_precision: str)
         from peft import LoraConfig, get_peft_model
 
         # After the exits were made: a block head is a copy of plain blocks.
-        adapters = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-        model.backbone = get_peft_model(model.backbone, adapters)
+        rank, beyond = config.lora_rank, model.modules_from(config.lora_blocks or model.view.num_layers)
+        where = {"target_modules": config.lora_modules or "all-linear", "exclude_modules": beyond}
+        model.backbone = get_peft_model(model.backbone, LoraConfig(r=rank, lora_alpha=2 * rank, **where))
     model.exits.float()
     # Before the mode: the teacher copy of mode `full` is made where it will run.
     model.to(device).train_mode(config.mode)
