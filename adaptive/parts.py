@@ -13,6 +13,7 @@ from adaptive.data import digest
 from adaptive.exits import ADAPTED
 from adaptive.losses import prior_shift
 from adaptive.quantize import quantize, quantize_rows, restore
+from adaptive.smooth import BITS, Smooth, lowered, multiplied
 
 # Bytes of the LM head's weights. Up to here multiplying by all of them takes no longer than a screen, which does more
 # of its work one row at a time and on one thread.
@@ -35,6 +36,10 @@ class Writer:
         self.ropes, self.rope_of = recipes.ropes(config, self.view.decoder)
         self.bounds = sorted({*model.depths, self.view.num_layers})
         self.slots = self.view.num_layers
+        self.smooth = Smooth(self.view, self.shape) if bits == BITS else None
+        self.scales = np.ones(self.shape.hidden, np.float32)  # of what the vocabulary's rows read
+        if self.smooth is not None:
+            self.scales = self.smooth.vocabulary(recipes.linear(self.view.head), recipes.norm(self.view.norm))
 
     def path(self, name: str) -> Path:
         """Returns where a graph goes."""
@@ -47,11 +52,22 @@ class Writer:
     def blocks(self, first: int, last: int):
         """Yields the recipes of blocks first..last-1, one in memory at a time."""
         for index in range(first, last):
-            yield self.block(self.view.blocks[index], index)
+            block = self.block(self.view.blocks[index], index)
+            yield block if self.smooth is None else self.smooth.block(block, index)
 
     def block(self, module, index: int) -> recipes.Block:
         """Returns the recipe of a block, or of a copy of block `index` in a head."""
         return recipes.block(module, self.shape, self.view.window(index), self.rope_of[index])
+
+    def final(self, module) -> recipes.Norm:
+        """Returns a norm whose output the vocabulary's rows read."""
+        return lowered(recipes.norm(module), self.scales)
+
+    def rows(self, ids: np.ndarray | slice = slice(None)) -> recipes.Linear:
+        """Returns rows of the LM head, all of them or those of vocabulary entries `ids`."""
+        head = recipes.linear(self.view.head)
+        rows = recipes.Linear(head.weight[ids], None if head.bias is None else head.bias[ids])
+        return rows if self.smooth is None else multiplied(rows, self.scales)
 
     def write(self) -> dict:
         """Writes everything that the model consists of; returns what the manifest says of it."""
@@ -59,11 +75,11 @@ class Writer:
                         leave=False)  # fmt: skip
         with self.bar:
             for index, (first, last) in enumerate(zip([0, *self.bounds], self.bounds)):
-                final = recipes.norm(self.view.norm) if last == self.view.num_layers else None
+                final = self.final(self.view.norm) if last == self.view.num_layers else None
                 graphs.segment(self.path(f"segment_{index}"), self.blocks(first, last), self.shape, first,
                                len(self.ropes), self.bits, self._gate(last), final)  # fmt: skip
                 self.bar.update()
-            self._vocabulary("vocabulary", recipes.linear(self.view.head))
+            self._vocabulary("vocabulary", self.rows())
             embedding = self.view.inner.get_input_embeddings()
             self._table("embedding", recipes.array(embedding.weight))
             exits = [self._exit(index) for index in range(self.model.num_exits)]
@@ -102,7 +118,7 @@ class Writer:
         if self.bits == 32 and embedding.weight.data_ptr() == head.weight.data_ptr():
             return "embedding"
         if not (self.folder / "head.npy").exists():
-            rows = recipes.array(head.weight)
+            rows = self.rows().weight
             if self.bits < 32:
                 rows = restore(*quantize(rows, self.bits), self.bits, rows.shape[1])
             self._table("head", rows)
@@ -143,22 +159,26 @@ class Writer:
         if fill is not None:
             weight, bias = (recipes.array(part.transpose(0, 1)) for part in (fill.weight, fill.bias))
             fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
+            fitted = fitted if self.smooth is None else self.smooth.fill(fitted, self.model.depths[index])
         return self.blocks(self.model.depths[index], self.view.num_layers), turned, fitted
 
     def _head(self, index: int, rows: recipes.Linear | None, filled: tuple | None) -> tuple[int | None, list[int]]:
         """Writes a head's graph; returns the first slot of its own K/V, if it has any, and the slots of the backbone's
         K/V that it reads."""
         head, path = self.model.exits.heads[index], self.path(f"exit_{index}")
-        norm = recipes.norm(head.norm)
+        norm = self.final(head.norm)
         if head.kind != "block":
             pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind in ADAPTED else None
             mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in getattr(head, "mlps", ())]
+            mlps = mlps if self.smooth is None else self.smooth.mlps(mlps, self.model.depths[index], pair)
             capped = None if rows is None else (rows, self.view.softcap)
             graphs.head(path, norm, self.shape, self.bits, pair, mlps, capped, filled)
             return None, []
         blocks = [self.block(block, source) for block, source in zip(head.blocks, head.sources, strict=True)]
         own, count = self.model.exit_config.head_kv == "own", len(blocks)
         slot = self.slots if own else self.model.depths[index] - count
+        if self.smooth is not None and not own:
+            blocks = [self.smooth.reading(block, index) for index, block in enumerate(blocks, start=slot)]
         graphs.block_features(path, norm, blocks, self.shape, slot, len(self.ropes), self.bits, own)
         if not own:
             return None, list(range(slot, slot + count))
@@ -174,7 +194,7 @@ class Writer:
         exits, stored = self.model.exits, self.path("vocabulary").with_suffix(".bin")
         if exits.screened(index) and stored.stat().st_size > WHOLE:
             if not self.path("preview").exists():
-                down = recipes.Linear(recipes.array(exits.screen.down))
+                down = recipes.Linear(recipes.array(exits.screen.down) * self.scales)
                 up = recipes.Linear(recipes.array(exits.screen.up), recipes.array(exits.screen.bias))
                 graphs.preview(self.path("preview"), down, up, self.shape, self.bits)
             found = {"vocabulary": "preview", "entries": "picked", "count": exits.sizes[index]}
@@ -182,12 +202,11 @@ class Writer:
         ids = exits.shortlist(index)
         if ids is None:
             return {"vocabulary": "vocabulary", "entries": "all"}, None
-        ids, head = ids.cpu().numpy(), recipes.linear(self.view.head)
+        ids = ids.cpu().numpy()
         name = f"shortlist_{digest(ids.tobytes())[:8]}"
         if not (self.folder / f"{name}.npy").exists():
             self.array(name, ids.astype(np.int32))
-        rows = recipes.Linear(head.weight[ids], None if head.bias is None else head.bias[ids])
-        return {"vocabulary": None, "entries": "fixed", "ids": name}, rows
+        return {"vocabulary": None, "entries": "fixed", "ids": name}, self.rows(ids)
 
     def _gate(self, depth: int) -> tuple | None:
         """Returns (norm, layers) of the learned gate at a depth, None if there is none."""
