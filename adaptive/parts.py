@@ -13,7 +13,7 @@ from adaptive.data import digest
 from adaptive.exits import ADAPTED
 from adaptive.losses import prior_shift
 from adaptive.quantize import quantize, quantize_rows, restore
-from adaptive.smooth import BITS, Smooth, lowered, multiplied
+from adaptive.smooth import BITS, Smooth
 
 # Bytes of the LM head's weights. Up to here multiplying by all of them takes no longer than a screen, which does more
 # of its work one row at a time and on one thread.
@@ -37,9 +37,6 @@ class Writer:
         self.bounds = sorted({*model.depths, self.view.num_layers})
         self.slots = self.view.num_layers
         self.smooth = Smooth(self.view, self.shape) if bits == BITS else None
-        self.scales = np.ones(self.shape.hidden, np.float32)  # of what the vocabulary's rows read
-        if self.smooth is not None:
-            self.scales = self.smooth.vocabulary(recipes.linear(self.view.head), recipes.norm(self.view.norm))
 
     def path(self, name: str) -> Path:
         """Returns where a graph goes."""
@@ -59,27 +56,17 @@ class Writer:
         """Returns the recipe of a block, or of a copy of block `index` in a head."""
         return recipes.block(module, self.shape, self.view.window(index), self.rope_of[index])
 
-    def final(self, module) -> recipes.Norm:
-        """Returns a norm whose output the vocabulary's rows read."""
-        return lowered(recipes.norm(module), self.scales)
-
-    def rows(self, ids: np.ndarray | slice = slice(None)) -> recipes.Linear:
-        """Returns rows of the LM head, all of them or those of vocabulary entries `ids`."""
-        head = recipes.linear(self.view.head)
-        rows = recipes.Linear(head.weight[ids], None if head.bias is None else head.bias[ids])
-        return rows if self.smooth is None else multiplied(rows, self.scales)
-
     def write(self) -> dict:
         """Writes everything that the model consists of; returns what the manifest says of it."""
         self.bar = tqdm(total=len(self.bounds) + 2 + 3 * self.model.num_exits, desc="exporting", unit="graph",
                         leave=False)  # fmt: skip
         with self.bar:
             for index, (first, last) in enumerate(zip([0, *self.bounds], self.bounds)):
-                final = self.final(self.view.norm) if last == self.view.num_layers else None
+                final = recipes.norm(self.view.norm) if last == self.view.num_layers else None
                 graphs.segment(self.path(f"segment_{index}"), self.blocks(first, last), self.shape, first,
                                len(self.ropes), self.bits, self._gate(last), final)  # fmt: skip
                 self.bar.update()
-            self._vocabulary("vocabulary", self.rows())
+            self._vocabulary("vocabulary", recipes.linear(self.view.head))
             embedding = self.view.inner.get_input_embeddings()
             self._table("embedding", recipes.array(embedding.weight))
             exits = [self._exit(index) for index in range(self.model.num_exits)]
@@ -118,7 +105,7 @@ class Writer:
         if self.bits == 32 and embedding.weight.data_ptr() == head.weight.data_ptr():
             return "embedding"
         if not (self.folder / "head.npy").exists():
-            rows = self.rows().weight
+            rows = recipes.array(head.weight)
             if self.bits < 32:
                 rows = restore(*quantize(rows, self.bits), self.bits, rows.shape[1])
             self._table("head", rows)
@@ -166,7 +153,7 @@ class Writer:
         """Writes a head's graph; returns the first slot of its own K/V, if it has any, and the slots of the backbone's
         K/V that it reads."""
         head, path = self.model.exits.heads[index], self.path(f"exit_{index}")
-        norm = self.final(head.norm)
+        norm = recipes.norm(head.norm)
         if head.kind != "block":
             pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind in ADAPTED else None
             mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in getattr(head, "mlps", ())]
@@ -194,7 +181,7 @@ class Writer:
         exits, stored = self.model.exits, self.path("vocabulary").with_suffix(".bin")
         if exits.screened(index) and stored.stat().st_size > WHOLE:
             if not self.path("preview").exists():
-                down = recipes.Linear(recipes.array(exits.screen.down) * self.scales)
+                down = recipes.Linear(recipes.array(exits.screen.down))
                 up = recipes.Linear(recipes.array(exits.screen.up), recipes.array(exits.screen.bias))
                 graphs.preview(self.path("preview"), down, up, self.shape, self.bits)
             found = {"vocabulary": "preview", "entries": "picked", "count": exits.sizes[index]}
@@ -202,11 +189,12 @@ class Writer:
         ids = exits.shortlist(index)
         if ids is None:
             return {"vocabulary": "vocabulary", "entries": "all"}, None
-        ids = ids.cpu().numpy()
+        ids, head = ids.cpu().numpy(), recipes.linear(self.view.head)
         name = f"shortlist_{digest(ids.tobytes())[:8]}"
         if not (self.folder / f"{name}.npy").exists():
             self.array(name, ids.astype(np.int32))
-        return {"vocabulary": None, "entries": "fixed", "ids": name}, self.rows(ids)
+        rows = recipes.Linear(head.weight[ids], None if head.bias is None else head.bias[ids])
+        return {"vocabulary": None, "entries": "fixed", "ids": name}, rows
 
     def _gate(self, depth: int) -> tuple | None:
         """Returns (norm, layers) of the learned gate at a depth, None if there is none."""

@@ -4,7 +4,7 @@ With s > 0 per input channel, W x = (W diag(s)) (x / s). Rounding then errs by a
 i that is multiplied by x_i / s_i: large inputs gain, others lose a little (AWQ, Lin et al. 2023, section 3.2).
 s = mean(|x|)^a, where a is the one of `POWERS` that leaves the rounded product nearest to the exact one (eq. 4 and 5
 there). Nothing is divided at run time: s goes into the norm before the product, or into the rows of the one before it.
-Inputs are those of a text that the model writes itself.
+Inputs are those of a text that the model writes itself. The LM head is left alone: it gains nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adaptive.kv import KV
 from adaptive.quantize import quantize, restore
 from adaptive.recipes import MLP, Block, Linear, Norm, Shape
 
-BITS = 4  # with 8 there is nothing to gain
+BITS = 4  # the weights of other folders stay as they are
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
 TEXTS, LENGTH, SEED = 8, 48, 0  # of what the model writes: texts, tokens of each (half as many help less), seed
 ROWS = 512  # of a weight: so many tell which power is best
@@ -75,10 +75,6 @@ class Smooth:
             out.append(scaled_mlp(mlp, *mlp_scales(mlp, state)))
             state = state + linear(inside(mlp, rms(state, mlp.norm)), mlp.down)
         return out
-
-    def vocabulary(self, head: Linear, final: Norm) -> np.ndarray:
-        """Returns scales [hidden] for the LM head's input channels: every norm that it reads is divided by them."""
-        return best(head.weight, rms(self.states[-1], final))
 
     def _value(self, block: Block, index: int) -> np.ndarray:
         """Returns scales [kv heads * head dim]: query heads that share a head's values share its scales."""
