@@ -13,6 +13,7 @@ from adaptive.data import digest
 from adaptive.exits import ADAPTED
 from adaptive.losses import prior_shift
 from adaptive.quantize import quantize, quantize_rows, restore
+from adaptive.smooth import BITS, Smooth
 
 # Bytes of the LM head's weights. Up to here multiplying by all of them takes no longer than a screen, which does more
 # of its work one row at a time and on one thread.
@@ -35,6 +36,7 @@ class Writer:
         self.ropes, self.rope_of = recipes.ropes(config, self.view.decoder)
         self.bounds = sorted({*model.depths, self.view.num_layers})
         self.slots = self.view.num_layers
+        self.smooth = Smooth(self.view, self.shape) if bits == BITS else None
 
     def path(self, name: str) -> Path:
         """Returns where a graph goes."""
@@ -47,7 +49,8 @@ class Writer:
     def blocks(self, first: int, last: int):
         """Yields the recipes of blocks first..last-1, one in memory at a time."""
         for index in range(first, last):
-            yield self.block(self.view.blocks[index], index)
+            block = self.block(self.view.blocks[index], index)
+            yield block if self.smooth is None else self.smooth.block(block, index)
 
     def block(self, module, index: int) -> recipes.Block:
         """Returns the recipe of a block, or of a copy of block `index` in a head."""
@@ -143,6 +146,7 @@ class Writer:
         if fill is not None:
             weight, bias = (recipes.array(part.transpose(0, 1)) for part in (fill.weight, fill.bias))
             fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
+            fitted = fitted if self.smooth is None else self.smooth.fill(fitted, self.model.depths[index])
         return self.blocks(self.model.depths[index], self.view.num_layers), turned, fitted
 
     def _head(self, index: int, rows: recipes.Linear | None, filled: tuple | None) -> tuple[int | None, list[int]]:
@@ -153,12 +157,15 @@ class Writer:
         if head.kind != "block":
             pair = (recipes.linear(head.down), recipes.linear(head.up)) if head.kind in ADAPTED else None
             mlps = [recipes.gated_mlp(mlp, self.shape.act) for mlp in getattr(head, "mlps", ())]
+            mlps = mlps if self.smooth is None else self.smooth.mlps(mlps, self.model.depths[index], pair)
             capped = None if rows is None else (rows, self.view.softcap)
             graphs.head(path, norm, self.shape, self.bits, pair, mlps, capped, filled)
             return None, []
         blocks = [self.block(block, source) for block, source in zip(head.blocks, head.sources, strict=True)]
         own, count = self.model.exit_config.head_kv == "own", len(blocks)
         slot = self.slots if own else self.model.depths[index] - count
+        if self.smooth is not None and not own:
+            blocks = [self.smooth.reading(block, index) for index, block in enumerate(blocks, start=slot)]
         graphs.block_features(path, norm, blocks, self.shape, slot, len(self.ropes), self.bits, own)
         if not own:
             return None, list(range(slot, slot + count))

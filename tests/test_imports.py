@@ -24,7 +24,7 @@ ROWS = [
     ["runs", "card", "storage", "model"],
     ["rows", "states", "gates", "measure", "outcomes", "survey", "certify"]
     + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
-    ["harness", "plain", "parts", "folder", "export"],
+    ["harness", "plain", "smooth", "parts", "folder", "export"],
 ]
 PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
 LIGHT = ROWS[1]  # these run where torch is not installed
