@@ -31,6 +31,7 @@ def wsr_bound(losses, delta):
     bets = np.sqrt(2 * math.log(1 / delta) / (n * np.append(0.25, variance[:-1])))  # [prompts], each from the past
 
     def rejected(m):
+        """Whether a mean of m is ruled out."""
         # RCPS caps bets at 1. Up to 1 / (1 - m) stays valid and needs fewer prompts where harm is rare; the 0.99 leaves
         # capital after a loss of 1. As the cap grows with m the capital is monotone in m, which bisection relies on.
         capital = np.cumsum(np.log1p(np.minimum(bets, 0.99 / (1 - m)) * (m - losses)))
@@ -51,6 +52,7 @@ def hoeffding_bentkus_bound(losses, delta):
     log_choose = np.array([math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in hits])
 
     def rejected(m):
+        """Whether a mean of m is ruled out."""
         above = max(m, mean)
         hoeffding = -n * sum(p * math.log(p / q) for p, q in ((mean, above), (1 - mean, 1 - above)) if p > 0)
         bentkus = 1 + np.logaddexp.reduce(log_choose + hits * math.log(m) + (n - hits) * math.log1p(-m))

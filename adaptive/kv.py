@@ -203,6 +203,7 @@ def select_rows(calls: list, batch: int, rows: Tensor) -> list:
     seen: dict[int, Tensor] = {}
 
     def pick(tensor: Tensor) -> Tensor:
+        """Returns the rows of a tensor."""
         if id(tensor) not in seen:
             seen[id(tensor)] = tensor.index_select(0, rows)
         return seen[id(tensor)]

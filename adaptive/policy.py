@@ -208,6 +208,7 @@ class Trace:
         tail = np.arange(order.shape[1]) >= counts[:, None]
 
         def pick(name: str) -> np.ndarray | None:
+            """Returns the entries of an array."""
             if (array := getattr(self, name)) is None:
                 return None
             out = np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 2)), axis=1)
@@ -221,6 +222,7 @@ class Trace:
         longest = max(1, int(self.valid[rows].sum(axis=1).max()))
 
         def cut(name: str) -> np.ndarray | None:
+            """Returns the part of an array."""
             return None if (array := getattr(self, name)) is None else array[rows, :longest]
 
         return replace(self, **{name: cut(name) for name in ENTRIES}, prompt=self.prompt[rows], rejected=None)
@@ -231,6 +233,7 @@ class Trace:
         longest = max(trace.taken.shape[1] for trace in traces)
 
         def stack(name: str) -> np.ndarray | None:
+            """Returns an array of all traces."""
             arrays = [getattr(trace, name) for trace in traces]
             if any(array is None for array in arrays):
                 return None

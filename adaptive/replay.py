@@ -50,7 +50,7 @@ def fits(walk: Walk) -> bool:
     )
 
 
-class Graphs:
+class Captured:
     """All that a step may launch, for one batch size, one capacity and some exits.
 
     Args:
@@ -84,7 +84,7 @@ class Graphs:
         places = range(len(self.asked))
         segments = [partial(self._segment, place) for place in places]
         leave = [partial(self._leave, place) for place in places]
-        made = captured([*segments, self._last, *leave], device)
+        made = capture([*segments, self._last, *leave], device)
         self.segments, self.leave = made[: len(places) + 1], made[len(places) + 1 :]
         self.held = (walk.backbone.packed, walk.run, dict(walk.exits._rows))
         if device.type == "cuda":
@@ -129,7 +129,7 @@ class Graphs:
         self.leave[place]()
 
 
-def captured(works: list[Callable[[], None]], device: torch.device) -> list[Callable[[], None]]:
+def capture(works: list[Callable[[], None]], device: torch.device) -> list[Callable[[], None]]:
     """Returns what does each of these works again, on the same memory; on a CPU the works themselves."""
     if device.type != "cuda":
         for work in works:
@@ -166,7 +166,7 @@ class Replay:
 
     def __init__(self, walk: Walk):
         self.walk, self.tokens, self.record = walk, walk.tokens, walk.record
-        self.graphs: Graphs | None = None
+        self.graphs: Captured | None = None
         self.leaving: list[tuple[int, np.ndarray]] | None = None  # place of an exit, and rows; None: the prompt's step
 
     def prefill(self) -> Tensor:
@@ -219,7 +219,7 @@ class Replay:
                 kept.append(self.graphs)
                 del kept[:-KEPT]
 
-    def _take(self) -> Graphs:
+    def _take(self) -> Captured:
         """Returns graphs with room for all tokens so far: kept ones if there are any."""
         capacity, wanted = SMALLEST, key(self.walk)
         while capacity < self.tokens.length:
@@ -233,7 +233,7 @@ class Replay:
                     return graphs
         logger.info("making graphs for a batch of %d and %d columns", len(self.tokens.ids), capacity)
         with torch.inference_mode(False), torch.no_grad():  # what they are made of outlasts this generation
-            return Graphs(self.walk, capacity)
+            return Captured(self.walk, capacity)
 
     def _move(self) -> None:
         """Puts all tokens so far into graphs with room for them."""

@@ -60,6 +60,7 @@ def turned(method):
 
     @wraps(method)
     def wrapped(self, states: Tensor, *args, **kwargs):
+        """As the method."""
         if not few(states):
             return method(self, states, *args, **kwargs)
         with _Turned():

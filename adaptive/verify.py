@@ -154,7 +154,8 @@ class Speculation:
 
     def _draft(self, row: Row, logits: Tensor) -> int:
         """Returns the token that an exit says, from logits [batch, vocabulary]; it waits for judgement."""
-        scores = self._processed(row, self.tokens.length, logits[row.index][None].clone())
+        own = logits[row.index][None]
+        scores = self._processed(row, self.tokens.length, own.clone() if row.processors else own)
         if row.processors and scores.amax() == -torch.inf:  # nothing on the exit's shortlist is allowed
             whole = widened(logits, self.walk.listed, np.array([row.index]), self.walk.backbone)
             scores = self._processed(row, self.tokens.length, whole[row.index][None])

@@ -157,7 +157,7 @@ class Walk:
         """Opens a column of the trace and returns the newest tokens' embeddings [members, 1, hidden]."""
         self.now, self.newest, self.narrowed, self.checked = self.record.open(), self.tokens.length - 1, {}, []
         self.parts: list[tuple[np.ndarray, Tensor]] = []  # rows of the batch that have left, and what they say: logits
-        self.listed: list[tuple[np.ndarray, Tensor]] = []
+        self.listed: list[tuple[np.ndarray, Tensor]] = []  # of these, who has a shortlist; the head's normed states
         self.unread: list[tuple] = []  # for the LM head: tokens, normed states; rows of the batch, whose these are
         self.kv.column, self.kv.rows, self.kv.cells = self.newest, None, None
         hidden, self.calls = self.backbone.start(*self.tokens.since(self.newest, self.members.lead), self.kv)

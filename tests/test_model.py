@@ -9,7 +9,7 @@ import torch
 from conftest import VOCAB, prompts, tiny
 from torch import nn
 
-from adaptive import EarlyExitModel, ExitConfig, losses
+from adaptive import EarlyExitModel, ExitConfig, losses, storage
 from adaptive.config import LossConfig
 
 
@@ -269,11 +269,8 @@ def test_two_threads_can_generate_at_once(llama):
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-@pytest.mark.parametrize("moves", [None, 2, 3])
+@pytest.mark.parametrize("moves", [None, 2, 3], ids=["weights", "two-moves", "three-moves"])
 def test_a_full_disk_leaves_the_earlier_save(moves, tmp_path, monkeypatch):
-    """It is full when weights are written, or after some moves into place."""
-    from adaptive import storage
-
     tiny("llama").save_pretrained(tmp_path / "backbone")
     model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), ExitConfig(depths=[2]))
     model.save_pretrained(tmp_path / "saved")

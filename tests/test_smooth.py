@@ -86,10 +86,12 @@ def test_4_bits_lose_less_and_the_model_stays(tmp_path, monkeypatch):
 
 
 def test_other_precisions_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(smooth, "written", None)
+    asked, written = [], smooth.written
+    monkeypatch.setattr(smooth, "written", lambda view: asked.append(view) or written(view))
     model = EarlyExitModel.from_backbone(tiny(head_dim=16, hidden_size=64), ExitConfig(depths=[2]))
-    for precision in ("fp32", "int8"):
+    for precision, times in (("fp32", 0), ("int8", 0), ("int4", 1)):
         export(model, tmp_path / precision, precision, tokenizer())
+        assert len(asked) == times, precision
 
 
 def test_scales_are_found_where_inputs_are_uneven():
