@@ -103,6 +103,8 @@ class LossConfig(Checked):
     Attributes:
         divergence: of the exit from the full model: KL from full to exit (forward), exit to full (reverse), js, or the
             total variation (tv)
+        temperature: that both sides' logits are divided by in a divergence other than tv, which its square multiplies;
+            it softens both distributions above 1, and sharpens them below
         cross_entropy: weight of the labels' cross-entropy beside the divergence
         hidden: weight of the squared distance of an exit's normed state from the full model's, over the latter's square
         weights: weight of each exit in the sum; none = equal
@@ -116,6 +118,7 @@ class LossConfig(Checked):
     """
 
     divergence: Literal["forward", "reverse", "js", "tv"] = "forward"
+    temperature: float = 1.0
     cross_entropy: float = 0.0
     hidden: float = 0.0
     weights: list[float] | None = None
@@ -131,6 +134,13 @@ class LossConfig(Checked):
         found = self._below(0, "cross_entropy", "hidden", "tolerance", "final") + self._below(1, "top_k", "negatives")
         if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) == 0):
             found.append(f"`weights` is {self.weights}; none may be negative and one must be above 0")
+        if not 0 < self.temperature < math.inf:
+            found.append(f"`temperature` is {self.temperature}; it must be above 0")
+        elif self.temperature != 1 and self.divergence == "tv":
+            found.append(
+                f"`temperature` is {self.temperature} with `divergence` tv, whose gradients its square would not keep "
+                "alike; leave it at 1, or choose forward, reverse or js"
+            )
         if not 0 <= self.layer_dropout < 1:
             found.append(f"`layer_dropout` is {self.layer_dropout}; it is a probability: 0 or more and below 1")
         return found

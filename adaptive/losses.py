@@ -66,35 +66,50 @@ def candidates(
     return ids, log_weight[ids]
 
 
-def divergence(teacher: Tensor, student: Tensor, kind: str = "forward", log_weight: Tensor | None = None) -> Tensor:
+def divergence(
+    teacher: Tensor,
+    student: Tensor,
+    kind: str = "forward",
+    log_weight: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
     """Divergence between two next-token distributions at each position, nats, [N].
 
     "forward" is KL(teacher || student), "reverse" KL(student || teacher) (Gu et al. 2024, "MiniLLM", section 2), "js"
     Jensen-Shannon (Lin 1991, "Divergence Measures Based on the Shannon Entropy", section 4), "tv" total variation, in
     [0, 1]: the share of drafts that a sampling judge turns down (Leviathan et al. 2023, "Fast Inference from
-    Transformers via Speculative Decoding", corollary 3.6). No temperature (Jamialahmadi et al. 2025, "Balcony"). To
-    compare on a shortlist, hand in its columns only: both sides are renormalised over them.
+    Transformers via Speculative Decoding", corollary 3.6). To compare on a shortlist, hand in its columns only: both
+    sides are renormalised over them.
+
+    At a temperature T both sides are softmax(logits / T), and the result is multiplied by T^2, so that its gradients
+    do not fade as 1 / T^2: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.1. The default
+    is none (Jamialahmadi et al. 2025, "Balcony"). "tv" is of first order in the logits' difference, which T^2 would not
+    undo: no temperature there.
 
     Args:
         teacher: the full model's logits, [N, C]; hand in a detached tensor.
         student: the exit's logits for the same entries, [N, C].
         kind: "forward", "reverse", "js" or "tv".
         log_weight: [C] from `candidates`; `None` when every entry is there.
+        temperature: T, above 0; 1 for "tv".
 
     Raises:
         ValueError: `kind` is none of these.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"`divergence` is {kind!r}; it can be {', '.join(DIVERGENCES)}; choose one of these.")
-    teacher_log, student_log = _log_softmax(teacher, log_weight), _log_softmax(student, log_weight)
-    if kind == "forward":
-        return _kl(teacher_log, student_log)
-    if kind == "reverse":
-        return _kl(student_log, teacher_log)
+    assert temperature == 1 or kind != "tv", "LossConfig refuses a temperature for the total variation"
+    teacher_log, student_log = (_log_softmax(logits, log_weight, temperature) for logits in (teacher, student))
     if kind == "tv":
         return 0.5 * (teacher_log.exp() - student_log.exp()).abs().sum(-1)
-    middle_log = torch.logaddexp(teacher_log, student_log) - math.log(2)
-    return 0.5 * (_kl(teacher_log, middle_log) + _kl(student_log, middle_log))
+    if kind == "forward":
+        out = _kl(teacher_log, student_log)
+    elif kind == "reverse":
+        out = _kl(student_log, teacher_log)
+    else:
+        middle_log = torch.logaddexp(teacher_log, student_log) - math.log(2)
+        out = 0.5 * (_kl(teacher_log, middle_log) + _kl(student_log, middle_log))
+    return temperature**2 * out
 
 
 def cross_entropy(student: Tensor, target: Tensor, log_weight: Tensor | None = None) -> Tensor:
@@ -244,9 +259,11 @@ def gradual(step: int, steps: int, num_exits: int) -> list[bool]:
     return [num_exits - 1 - exit_index <= 2 * num_exits * step // steps for exit_index in range(num_exits)]
 
 
-def _log_softmax(logits: Tensor, log_weight: Tensor | None) -> Tensor:
+def _log_softmax(logits: Tensor, log_weight: Tensor | None, temperature: float = 1.0) -> Tensor:
     """Log-mass of what each column stands for; at least float32, whatever comes in."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits / temperature  # before the weights: a column stands for as many entries at any temperature
     return F.log_softmax(logits if log_weight is None else logits + log_weight, dim=-1)
 
 

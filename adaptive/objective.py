@@ -232,7 +232,7 @@ class _Comparison:
 
     def _loss(self, student: Tensor, teacher: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         weight = None if ids is None else self.log_weight
-        out = losses.divergence(teacher, student, self.config.divergence, weight)
+        out = losses.divergence(teacher, student, self.config.divergence, weight, self.config.temperature)
         if self.config.cross_entropy:
             columns = labels if ids is None else torch.searchsorted(ids, labels)
             out = out + self.config.cross_entropy * losses.cross_entropy(student, columns, weight)

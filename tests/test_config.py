@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_everything_wrong_is_named_at_once(yaml_file):
     ]:
         assert part in message
     assert "10 problem(s)" in message
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf])
+def test_a_temperature_is_above_nothing(temperature):
+    message = refused(build, LossConfig, {"temperature": temperature}, [])
+    assert f"`temperature` is {temperature}; it must be above 0" in message
+
+
+def test_total_variation_has_no_temperature():
+    message = refused(build, LossConfig, {"divergence": "tv", "temperature": 2.0}, [])
+    assert "`temperature` is 2.0 with `divergence` tv" in message and "choose forward, reverse or js" in message
+    for fine in ({"divergence": "tv"}, {"divergence": "js", "temperature": 2.0}):
+        build(LossConfig, fine, [])
 
 
 def test_faulty_values_are_named_beside_unknown_keys():

@@ -12,6 +12,8 @@ from adaptive.config import LossConfig
 
 torch.set_num_threads(1)
 N, H, V, K = 48, 16, 2000, 16
+SOFTENED = [("forward", 0.5), ("forward", 2.0), ("reverse", 2.0), ("js", 3.0)]
+KINDS = [*((kind, 1.0) for kind in losses.DIVERGENCES), *SOFTENED]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -25,10 +27,10 @@ def peaked_logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return teacher, teacher + 1.5 * torch.randn(N, V, generator=generator)
 
 
-def on_candidates(teacher, student, negatives, seed, kind="forward"):
+def on_candidates(teacher, student, negatives, seed, kind="forward", temperature=1.0):
     top_ids = teacher.topk(K, dim=-1).indices
     ids, log_weight = losses.candidates(top_ids, V, negatives, seeded(seed))
-    return losses.divergence(teacher[:, ids], student[:, ids], kind, log_weight)
+    return losses.divergence(teacher[:, ids], student[:, ids], kind, log_weight, temperature)
 
 
 def test_candidates_are_the_top_entries_the_labels_and_the_drawn():
@@ -61,19 +63,23 @@ def test_two_processes_draw_nearly_the_same_negatives():
     assert losses.candidates(torch.tensor([[3, 5]]), 1000, 50, seeded(8))[0].tolist() != first.tolist()
 
 
-@pytest.mark.parametrize("kind", losses.DIVERGENCES)
-def test_divergence_is_the_reference(kind):
+@pytest.mark.parametrize("kind, temperature", KINDS)
+def test_divergence_is_the_reference(kind, temperature):
     teacher, student = peaked_logits()
-    p, q = (torch.distributions.Categorical(logits=logits) for logits in (teacher, student))
+    p, q = (torch.distributions.Categorical(logits=logits / temperature) for logits in (teacher, student))
     middle = torch.distributions.Categorical(probs=(p.probs + q.probs) / 2)
     kl = torch.distributions.kl_divergence
     expected = {"forward": kl(p, q), "reverse": kl(q, p), "js": (kl(p, middle) + kl(q, middle)) / 2}
     # One minus the overlap: what speculative sampling accepts.
-    expected = (expected | {"tv": 1 - torch.minimum(p.probs, q.probs).sum(-1)})[kind]
-    torch.testing.assert_close(losses.divergence(teacher, student, kind), expected, atol=1e-4, rtol=1e-4)
+    expected = (expected | {"tv": 1 - torch.minimum(p.probs, q.probs).sum(-1)})[kind] * temperature**2
+    found = losses.divergence(teacher, student, kind, temperature=temperature)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    if temperature == 1:
+        assert torch.equal(found, losses.divergence(teacher, student, kind))
     if kind == "forward":
-        reference = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
-        torch.testing.assert_close(losses.divergence(teacher, student), reference.sum(-1), atol=1e-5, rtol=1e-5)
+        logs = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+        reference = temperature**2 * F.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+        torch.testing.assert_close(found, reference, atol=1e-5, rtol=1e-5)
 
 
 def test_js_is_symmetric_bounded_and_zero_on_itself():
@@ -98,19 +104,20 @@ def test_unknown_divergence_names_the_known_ones():
         losses.divergence(torch.zeros(1, 2), torch.zeros(1, 2), "sideways")
 
 
-@pytest.mark.parametrize("kind", losses.DIVERGENCES)
-def test_every_entry_a_candidate_is_exact(kind):
+@pytest.mark.parametrize("kind, temperature", KINDS)
+def test_every_entry_a_candidate_is_exact(kind, temperature):
     teacher, student = peaked_logits()
-    exact = losses.divergence(teacher, student, kind)
-    torch.testing.assert_close(on_candidates(teacher, student, V, 0, kind), exact, atol=1e-5, rtol=1e-5)
+    exact = losses.divergence(teacher, student, kind, temperature=temperature)
+    found = on_candidates(teacher, student, V, 0, kind, temperature)
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", losses.DIVERGENCES)
-def test_sampled_divergence_is_near_the_exact_one(kind):
+@pytest.mark.parametrize("kind, temperature", KINDS)
+def test_sampled_divergence_is_near_the_exact_one(kind, temperature):
     """32 draws of 500 of the tail's entries: a mean within 2 % of the exact loss, single draws within 8 %."""
     teacher, student = peaked_logits()
-    exact = losses.divergence(teacher, student, kind).mean()
-    draws = torch.stack([on_candidates(teacher, student, 500, seed, kind).mean() for seed in range(32)])
+    exact = losses.divergence(teacher, student, kind, temperature=temperature).mean()
+    draws = torch.stack([on_candidates(teacher, student, 500, seed, kind, temperature).mean() for seed in range(32)])
     assert abs(draws.mean() / exact - 1) < 0.02
     assert (draws / exact - 1).abs().max() < 0.08
 
