@@ -2,6 +2,7 @@
 
     python train/text.py --config configs/demo_text.yaml
     python train/text.py --output runs/mine/text --train 2000 --texts notes/ wikitext:wikitext-2-raw-v1
+    python train/text.py --output runs/mine/text --train 2000 --prompts my_prompts.jsonl
 
 The chat template's opening of a user turn is enough for a chat model to write prompts, and then answers: text from the
 distribution that the exits will meet. A model without a template goes on from its first token. In the output folder:
@@ -35,6 +36,8 @@ class TextConfig(Checked):
         batch_size: rows generated at once
         seed: equal seeds make equal text
         texts: local files or folders, or data set names, to add as training rows
+        prompts: file, folder or data set of texts whose first `train` different ones are the prompts of the training
+            rows; none = the model's own. The other parts are the model's own either way
     """
 
     output: str
@@ -49,6 +52,7 @@ class TextConfig(Checked):
     batch_size: int = 64
     seed: int = 0
     texts: list[str] = field(default_factory=list)
+    prompts: str | None = None
 
     def problems(self) -> list[str]:
         """One line for each fault."""
@@ -73,7 +77,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adaptive.config import ExitConfig
-from adaptive.data import load_tokens, save_tokens
+from adaptive.data import load_tokens, read_texts, save_tokens
 from adaptive.model import EarlyExitModel
 from adaptive.pretrained import resolve
 from adaptive.prompts import encode, left_pad
@@ -85,14 +89,16 @@ def main(config: TextConfig) -> None:
     """Writes the text, or what is missing of it."""
     folder = Path(config.output)
     record = folder / "text.json"
-    if record.exists() and json.loads(record.read_text()) == asdict(config):
+    if made_with(record, config):
         print(f"{folder} is finished, with this configuration; nothing to do")
         return
     check_parts(folder / "parts", config)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model))
     model = loaded(config)
-    wanted = config.train + config.select + config.certify + config.report
-    prompts = own_prompts(model, tokenizer, config, folder / "parts", wanted)
+    given = given_prompts(config)
+    own = config.train - len(given)
+    wanted = own + config.select + config.certify + config.report
+    prompts = given + own_prompts(model, tokenizer, config, folder / "parts", wanted)
     shares = np.cumsum([0, config.train, config.select, config.certify, config.report])
     parts = {
         name: prompts[start:end]
@@ -107,18 +113,40 @@ def main(config: TextConfig) -> None:
     write_json(record, asdict(config))
     print(
         f"{len(rows['input_ids'])} rows with {int((rows['labels'] >= 0).sum())} answer tokens, and "
-        f"{wanted - config.train} prompts, are in {folder}"
+        f"{wanted - own} prompts, are in {folder}"
     )
+
+
+def given_prompts(config: TextConfig) -> list[str]:
+    """Returns the prompts that the training rows were given; none where they are the model's own.
+
+    Raises:
+        ValueError: fewer than `train` different ones.
+    """
+    if config.prompts is None:
+        return []
+    texts = list(dict.fromkeys(read_texts(config.prompts)))
+    if len(texts) < config.train:
+        raise ValueError(
+            f"`prompts`={config.prompts} has {len(texts)} different ones, `train` wants {config.train}; "
+            "give more of them, or set `train` lower"
+        )
+    return texts[: config.train]
 
 
 def check_parts(folder: Path, config: TextConfig) -> None:
     """Forgets the parts of an interrupted run that had another configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = folder / "config.json"
-    if not made_with.exists() or json.loads(made_with.read_text()) != asdict(config):
+    record = folder / "config.json"
+    if not made_with(record, config):
         for path in folder.iterdir():
             path.unlink()
-        write_json(made_with, asdict(config))
+        write_json(record, asdict(config))
+
+
+def made_with(record: Path, config: TextConfig) -> bool:
+    """Returns whether a file holds this configuration; fields that it is too old to have were at their defaults."""
+    return record.exists() and asdict(TextConfig(config.output)) | json.loads(record.read_text()) == asdict(config)
 
 
 def loaded(config: TextConfig) -> EarlyExitModel:

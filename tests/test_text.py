@@ -1,0 +1,68 @@
+"""The text that a model makes of its own or of given prompts."""
+
+import json
+
+import pytest
+from conftest import VOCAB, script, tiny
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+text = script("train/text")
+GIVEN = ["w7 w8", "w9 w10 w11", "w7 w8", "w12"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model that has a tokenizer of one word per id, and a file of three different prompts."""
+    folder = tmp_path_factory.mktemp("text")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w5").save_pretrained(folder / "model")
+    tiny("llama").save_pretrained(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": given}) + "\n" for given in GIVEN))
+    return folder
+
+
+def config(place, output: str, **changes) -> text.TextConfig:
+    sizes = {"train": 2, "select": 3, "certify": 1, "report": 2, "prompt_tokens": 8, "answer_tokens": 5}
+    return text.TextConfig(str(place / output), str(place / "model"), **{"batch_size": 4} | sizes | changes)
+
+
+def made(config) -> tuple[dict, dict]:
+    """Returns the training rows and the prompts that came out."""
+    text.main(config)
+    folder = text.Path(config.output)
+    return load_file(folder / "train.safetensors"), json.loads((folder / "prompts.json").read_text())
+
+
+def test_given_prompts_are_answered_in_training_rows_alone(place):
+    rows, parts = made(config(place, "given", prompts=str(place / "prompts.jsonl")))
+    kept = (rows["labels"] == -100) & (rows["attention_mask"] > 0)
+    asked = [ids[keep].tolist() for ids, keep in zip(rows["input_ids"], kept, strict=True)]
+    assert asked == [[7, 8], [9, 10, 11]] and ((rows["labels"] >= 0).sum(1) == 5).all()
+    assert {name: len(part) for name, part in parts.items()} == {"select": 3, "certify": 1, "report": 2}
+    assert not set(GIVEN) & {prompt for part in parts.values() for prompt in part}
+
+
+def test_none_given_are_the_models_own(place):
+    rows, parts = made(config(place, "own"))
+    kept = (rows["labels"] == -100) & (rows["attention_mask"] > 0)
+    own = {" ".join(f"w{i}" for i in ids[keep]) for ids, keep in zip(rows["input_ids"], kept, strict=True)}
+    others = {prompt for part in parts.values() for prompt in part}
+    assert len(own) == 2 and len(others) == 6 and not own & others
+
+
+def test_too_few_given_prompts_are_refused(place):
+    with pytest.raises(ValueError, match="has 3 different ones, `train` wants 4"):
+        text.main(config(place, "few", train=4, prompts=str(place / "prompts.jsonl")))
+
+
+def test_a_record_without_the_field_is_still_of_this_configuration(place, capsys):
+    old = config(place, "old")
+    fields = {name: value for name, value in vars(old).items() if name != "prompts"}
+    (place / "old").mkdir()
+    (place / "old" / "text.json").write_text(json.dumps(fields))
+    text.main(old)
+    assert "nothing to do" in capsys.readouterr().out
+    assert not text.made_with(place / "old" / "text.json", config(place, "old", prompts="mine.jsonl"))
