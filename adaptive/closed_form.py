@@ -12,8 +12,7 @@ from adaptive.exits import ADAPTED, Head
 from adaptive.objective import full_states
 from adaptive.screen import low_rank
 
-SCREEN_STATES = 2048  # positions that a screen is fitted to; three times as many find it hardly better
-HEAD_STATES = 16384  # and a linear head
+STATES = 16384  # labelled positions that linear heads and a screen are fitted to
 RIDGE = 1e-3  # of the states' mean square
 
 
@@ -29,22 +28,21 @@ def fit_exits(model, rows: dict[str, Tensor]) -> None:
     view, exits, labels = model.view, model.exits, rows["labels"]
     exits.choose_shortlists(torch.bincount(labels[labels >= 0], minlength=view.vocab_size))
     linear = [index for index, head in enumerate(exits.heads) if head.kind in ADAPTED]
-    enough = HEAD_STATES if linear else SCREEN_STATES if exits.screen is not None else 0
-    if not enough:
+    if not linear and exits.screen is None:
         return
     found, count = [], 0
-    with tqdm(total=enough, desc="fitting heads", unit="token", leave=False) as bar:
+    with tqdm(total=STATES, desc="fitting heads", unit="token", leave=False) as bar:
         for states in _labelled(model, rows):
             found.append(states)
             count += len(states)
             bar.update(len(states))
-            if count >= enough:
+            if count >= STATES:
                 break
     if not count:
         return
     states = torch.cat(found)
     if exits.screen is not None:
-        exits.screen.fit(view, states[:SCREEN_STATES, -1])
+        exits.screen.fit(view, states[:, -1])
     for index in linear:
         fit_linear(exits.heads[index], view.norm, states[:, index], states[:, -1])
 

@@ -48,7 +48,7 @@ class StudyConfig(Checked):
     answer_tokens: int = 40
     only: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
-    entries: list[int] = field(default_factory=lambda: [256, 1024, 4096, 8192])
+    entries: list[int] = field(default_factory=lambda: [256, 1024, 2048, 4096, 8192])
 
     def problems(self) -> list[str]:
         """One line for each fault."""
@@ -80,7 +80,7 @@ from tqdm import tqdm
 from adaptive import losses
 from adaptive.certify import load_tokenizer
 from adaptive.checked import build
-from adaptive.closed_form import SCREEN_STATES
+from adaptive.closed_form import STATES
 from adaptive.config import ExitConfig, TrainConfig
 from adaptive.data import digest
 from adaptive.exits import BASELINES, Gate, best
@@ -272,7 +272,7 @@ def screens(config: StudyConfig, plan: dict) -> list[dict]:
     rows = with_states(model, rows, Path(plan.get("states") or Path(config.output) / "states"))
     counts = torch.bincount(rows["labels"][rows["labels"] >= 0], minlength=model.view.vocab_size)
     order, held = torch.argsort(counts, descending=True, stable=True), []
-    fitted = rows["states"][:, :-1, -1][rows["labels"][:, 1:] != -100][:SCREEN_STATES]
+    fitted = rows["states"][:, :-1, -1][rows["labels"][:, 1:] != -100][:STATES]
     judged_on = answered(model, config, plan)
     keep = judged_on["labels"][:, 1:] != -100
     normed, wanted = judged_on["states"][:, :-1, -1][keep], judged_on["top"][:, :-1][keep][:, 0].long()
