@@ -33,7 +33,7 @@ def fit_exits(model, rows: dict[str, Tensor]) -> None:
     found, count = [], 0
     with tqdm(total=STATES, desc="fitting heads", unit="token", leave=False) as bar:
         for states in _labelled(model, rows):
-            found.append(states)
+            found.append(states if linear else states[:, -1:].clone())  # a screen wants the last ones only
             count += len(states)
             bar.update(len(states))
             if count >= STATES:

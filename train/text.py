@@ -32,7 +32,7 @@ class TextConfig(Checked):
         report: number of prompts to report on
         prompt_tokens: most tokens of a prompt
         answer_tokens: most tokens of an answer
-        temperature: of the sampled answers; 0 takes the most likely token
+        temperature: of the answers; 0 takes the most likely token, which is what exits learn most from
         batch_size: rows generated at once
         seed: equal seeds make equal text
         texts: local files or folders, or data set names, to add as training rows
@@ -48,7 +48,7 @@ class TextConfig(Checked):
     report: int = 48
     prompt_tokens: int = 48
     answer_tokens: int = 128
-    temperature: float = 0.7
+    temperature: float = 0.0
     batch_size: int = 64
     seed: int = 0
     texts: list[str] = field(default_factory=list)
