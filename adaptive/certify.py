@@ -8,145 +8,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from adaptive import calibration, ranking
+from adaptive import calibration
 from adaptive.calibration import BY_TOKEN, Certificate
+from adaptive.choice import Aim, Request, choose, rehearse
 from adaptive.data import digest
 from adaptive.outcomes import Outcome, answer, observe
 from adaptive.policy import ExitPolicy
 from adaptive.prompts import Prompt, distinct, encode, unpadded
 from adaptive.storage import model_digest
-from adaptive.survey import Survey, harm_of_answers, loss_per_prompt, survey
+from adaptive.survey import Survey, loss_per_prompt, survey
 
 logger = logging.getLogger(__name__)
-HARMS = (*BY_TOKEN, "sequence")
-CAUTION = 0.9  # aim for a bound this far below the risk: a rehearsal is of prompts that have chosen
-SURE = 0.9  # and for passing with this probability, over the luck of which prompts were surveyed
+BOLDER = ((0.95, 0.8), (1.0, 0.6))  # `Aim.caution` and `.sure` of what may be tried once the first attempt has passed
 RETREAT = 0.7  # the second attempt allows this share of the harm that the first one was promised
 
 
 class Refused(ValueError):
     """No certificate: too few prompts, or no policy that meets the risk."""
-
-
-def choose(
-    model, found: Survey, request: Request, n: int, delta: float, most: float, rehearsed: tuple | None = None
-) -> tuple[tuple, dict]:
-    """Returns thresholds, and what the survey promises of them.
-
-    For a risk: the cheapest thresholds whose harms, resampled as another survey and then to the size of the
-    certification, would be certified with `CAUTION` to spare `SURE`ly; found by bisection over the mean harm per token.
-    The harm of whole answers does not follow from that of tokens, so those are generated, for the selection prompts.
-    For a budget: the least harmful thresholds within it.
-
-    Args:
-        model: the `EarlyExitModel`.
-        found: the survey.
-        request: what was asked for.
-        n: prompts that will certify.
-        delta: of the attempt.
-        most: largest mean harm per token to consider.
-        rehearsed: from `rehearse`: what leaving does beyond the token's own harm.
-    """
-    tolls, swings = rehearsed or (0.0, np.ones(1))
-    own = found.harms(request.harm, request.tolerance)
-    arrays, by_token = (found.scores, np.minimum(own + tolls, 1.0), found.costs), request.harm in BY_TOKEN
-
-    def passes(thresholds: np.ndarray) -> bool:
-        """Returns whether they would be certified, as far as survey and rehearsal tell."""
-        if by_token:
-            harms = ranking.predicted(thresholds, found.scores, own, found.costs, found.rows)[0]
-            paid = ranking.predicted(thresholds, *arrays, found.rows)[0] - harms
-        else:
-            asked, policy = unpadded(found.prompts), ExitPolicy(tuple(thresholds))
-            answers = answer(model, asked, policy, request.max_new_tokens, request.batch_size, note="choosing")[0]
-            harms = harm_of_answers(request.harm, answers, unpadded(found.answers))
-            paid = np.zeros(len(harms))
-        generator, bounds = np.random.default_rng(request.seed), []
-        for _ in range(20):
-            other = generator.integers(0, len(harms), len(harms))  # another survey, as it might have been
-            drawn = generator.choice(other, n)
-            drawn = np.minimum(harms[drawn] + paid[drawn] * generator.choice(swings, n), 1.0)
-            bounds.append(calibration.BOUNDS[request.bound](drawn, delta))
-        return np.quantile(bounds, SURE) <= CAUTION * request.risk
-
-    if request.budget is not None:
-        thresholds = ranking.rank_budget(*arrays, found.full_cost, request.budget, found.rows)
-    else:
-        low, high, thresholds = 0.0, most, np.full(found.scores.shape[1], np.inf)
-        for _ in range(8 if by_token else 5):
-            middle = (low + high) / 2
-            tried = ranking.rank_thresholds(*arrays, found.full_cost, middle, found.rows)
-            if passes(tried):
-                low, thresholds = middle, tried
-            else:
-                high = middle
-    harms, cost = ranking.predicted(thresholds, *arrays, found.rows)
-    promise = {"harm": float(harms.mean()), "relative_flops": cost / found.full_cost, "prompts": len(harms)}
-    return tuple(float(t) for t in thresholds), promise
-
-
-def rehearse(model, found: Survey, request: Request, thresholds: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the toll of leaving at each exit [exits], harm done to later tokens, and how it varies between prompts,
-    factors whose mean is 1; both as found in free generation on every second selection prompt.
-
-    Those who left early have handed on K/V that blocks would have made otherwise, and words that the full model would
-    not have said: what follows is harmed more often than the survey knows. A token's toll goes with the error of all
-    the K/V that it hands on (docs/decisions.md), so the excess is put down to the blocks that were skipped.
-    """
-    asked, picked = unpadded(found.prompts), np.unique(found.rows)[::2]
-    some = [asked[prompt] for prompt in picked]
-    outcome = observe(model, some, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
-    arrays = (found.scores, found.harms(request.harm, request.tolerance), found.costs)
-    surveyed = ranking.predicted(np.array(thresholds), *arrays, found.rows)[0][::2]
-    excess = loss_per_prompt(request.harm, request.tolerance, outcome, None) - surveyed
-    trace = outcome.trace
-    skipped = 1 - np.array(trace.exits) / trace.layers
-    shares = np.append(skipped, 0.0)[trace.taken].sum(1) / trace.valid.sum(1)  # who ended has -1: the last, 0
-    if excess.mean() <= 0 or not shares.any():
-        return np.zeros(len(skipped)), np.ones(1)
-    swings = np.maximum(excess, 0.0)
-    return excess.mean() / shares.mean() * skipped, swings / swings.mean()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `calibrate` was asked for; see there."""
-
-    risk: float | None
-    delta: float
-    budget: float | None
-    harm: str | Callable
-    tolerance: float
-    bound: str
-    max_new_tokens: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self):
-        problems = []
-        if isinstance(self.harm, str) and self.harm not in HARMS:
-            problems.append(f"`harm`={self.harm!r} is not one of {', '.join(HARMS)}, nor a callable")
-        if self.bound not in calibration.BOUNDS:
-            problems.append(f"`bound`={self.bound!r} is not one of {', '.join(calibration.BOUNDS)}")
-        if self.budget is None and (self.risk is None or not 0 < self.risk < 1):
-            problems.append(f"`risk`={self.risk!r} is not between 0 and 1")
-        if self.budget is not None and self.budget <= 0:
-            problems.append(f"`budget`={self.budget!r} is not a share of the full depth's FLOPs, such as 0.8")
-        if not 0 <= self.tolerance < np.inf:
-            problems.append(f"`tolerance`={self.tolerance!r} is not a number of nats, 0 or more")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 2:
-            problems.append(f"`max_new_tokens`={self.max_new_tokens}; 2 or more: a first token comes from the prompt")
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            problems.append(f"`batch_size`={self.batch_size}; a whole number of rows, 1 or more")
-        if not 0 < self.delta < 1:
-            problems.append(f"`delta`={self.delta!r} is not between 0 and 1")
-        if problems:
-            raise ValueError("calibrate: " + "; ".join(problems))
 
 
 def calibrate(
@@ -182,13 +65,15 @@ def calibrate(
             bound: "wsr" (default), "hb" or "crc" (which controls the mean only); see `calibration`.
             max_new_tokens: length, 64, up to which answers are generated and vouched for.
             batch_size: rows generated at once, 32.
+            bolder: whether a risk that was certified at the first attempt is tried with up to two cheaper choices,
+                for as many more generations, False.
             seed: of the split and of the bound's order, 0.
 
     Raises:
         ValueError: too few prompts (with the number needed), a setting that is not allowed, a risk that no policy met.
     """
     defaults = {"budget": None, "harm": "regret", "tolerance": 0.25, "bound": "wsr", "max_new_tokens": 64,
-                "batch_size": 32, "seed": 0}  # fmt: skip
+                "batch_size": 32, "bolder": False, "seed": 0}  # fmt: skip
     if unknown := settings.keys() - defaults.keys():
         raise ValueError(f"calibrate: {sorted(unknown)} are no settings; there are {sorted(defaults)}")
     request = Request(risk=risk, delta=delta, **defaults | settings)
@@ -247,24 +132,62 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
     for delta in calibration.spend(request.delta, 2) if by_risk else [request.delta]:
         if by_risk and len(prompts) < calibration.needed_prompts(request.risk, delta, request.bound):
             break  # the second attempt's smaller delta needs more
-        thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
-        if by_risk and rehearsed is None and request.harm in BY_TOKEN and np.isfinite(thresholds).any():
-            rehearsed = rehearse(model, found, request, thresholds)
-            thresholds, promise = choose(model, found, request, len(prompts), delta, most, rehearsed)
-        if by_risk and not np.isfinite(thresholds).any():
+        first = rehearsed is None
+        chosen, rehearsed = _rehearsed(model, found, request, len(prompts), Aim(delta, most), rehearsed, again=first)
+        if by_risk and not np.isfinite(chosen[0]).any():
             logger.warning("no exit can be opened on %d prompts at a risk of %s: never leaving", len(prompts), epsilon)
-        outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
-        harms = loss_per_prompt(request.harm, request.tolerance, outcome, reference)
-        generator = np.random.default_rng(request.seed)
-        passed, upper = calibration.certify(harms, epsilon, delta, request.bound, generator=generator)
-        if passed:
-            return _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
-        logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", thresholds, upper, harms.mean())
-        most = promise["harm"] * RETREAT
+        tested = _tested(model, prompts, request, reference, delta, *chosen)
+        if tested.certified <= epsilon:
+            goes_on = request.bolder and by_risk and most == request.risk
+            return _bolder(model, found, prompts, request, reference, rehearsed, tested) if goes_on else tested
+        logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", chosen[0], tested.certified, tested.mean)
+        most = tested.predicted["harm"] * RETREAT
     raise Refused(
-        f"no policy was certified at `risk`={request.risk}, `delta`={request.delta}: the last bound was {upper:.4f} on "
-        f"{len(harms)} prompts (mean harm {harms.mean():.4f}); raise the risk, give more prompts, or train longer"
+        f"no policy was certified at `risk`={request.risk}, `delta`={request.delta}: the last bound was "
+        f"{tested.certified:.4f} on {tested.n} prompts (mean harm {tested.mean:.4f}); raise the risk, give more "
+        "prompts, or train longer"
     )
+
+
+def _rehearsed(model, found: Survey, request: Request, n: int, aim: Aim, rehearsed: tuple | None, again: bool):
+    """Returns what `choose` does, and the rehearsal behind it: with `again` that of its own first thoughts."""
+    chosen = choose(model, found, request, n, aim, rehearsed)
+    if again and request.budget is None and request.harm in BY_TOKEN and np.isfinite(chosen[0]).any():
+        rehearsed = rehearse(model, found, request, chosen[0])
+        chosen = choose(model, found, request, n, aim, rehearsed)
+    return chosen, rehearsed
+
+
+def _bolder(model, found, prompts, request: Request, reference, rehearsed, certificate: Certificate) -> Certificate:
+    """Returns the certificate of the last of ever bolder choices that passes, the given one's where none does.
+
+    Survey and rehearsals fix the choices, so they form a sequence that was there before any harm on these prompts was
+    seen, and each is tested at the first one's delta only if all before it passed. Whichever comes first of those whose
+    harm is above the risk passes with probability at most that delta (fixed sequence testing, LTT section 4). One of
+    several bounds is no bound at that delta, though: what is vouched for is the risk.
+    """
+    delta = calibration.spend(request.delta, 2)[0]
+    for caution, sure in BOLDER:
+        aim = Aim(delta, request.risk, caution, sure)
+        chosen, rehearsed = _rehearsed(model, found, request, len(prompts), aim, rehearsed, again=True)
+        if list(chosen[0]) == certificate.thresholds:
+            continue
+        tested = _tested(model, prompts, request, reference, delta, *chosen)
+        logger.warning("%s: bound %.4f on a mean harm of %.4f, bolder", chosen[0], tested.certified, tested.mean)
+        if tested.certified > request.risk:
+            break
+        certificate = replace(tested, certified=request.risk)
+    return certificate
+
+
+def _tested(model, prompts, request: Request, reference, delta: float, thresholds, promise) -> Certificate:
+    """Returns what would be certified if the bound, `certified`, is low enough."""
+    outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
+    harms = loss_per_prompt(request.harm, request.tolerance, outcome, reference)
+    generator = np.random.default_rng(request.seed)
+    epsilon = request.risk if request.budget is None else 1.0
+    _, upper = calibration.certify(harms, epsilon, delta, request.bound, generator=generator)
+    return _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
 
 
 def _certificate(model, request: Request, prompts, outcome: Outcome, harms, thresholds, upper, promise) -> Certificate:

@@ -1,11 +1,13 @@
 """Calibration on a model: harm is what the full model says, certificates hold what they promise, too few refuse."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
 
-from adaptive import EarlyExitModel, ExitConfig, calibrate, certify, losses, outcomes, survey
+from adaptive import EarlyExitModel, ExitConfig, calibrate, calibration, certify, choice, losses, outcomes, survey
 from adaptive.policy import ExitPolicy
 
 NEW = 8
@@ -131,11 +133,54 @@ def test_the_toll_that_a_rehearsal_finds_is_allowed_for(model, monkeypatch):
     assert paid[0] + 0.005 < paid[1] < paid[2], "a toll opens exits less, one that falls on few prompts even less"
 
 
+def test_bolder_choices_follow_a_pass_and_vouch_for_the_risk_only(model, monkeypatch):
+    asked, settings = questions(120), dict(risk=0.1, delta=0.2, tokenizer=Tokenizer(), max_new_tokens=NEW)
+    found = survey.survey(model, questions(40, seed=5), NEW)
+    plain = calibrate(model, asked, selection=found, **settings)
+    bolder = calibrate(model, asked, selection=found, bolder=True, **settings)
+    assert bolder.certified == 0.1 > plain.certified and bolder.mean < 0.1
+    assert bolder.saved > plain.saved + 0.005 and model.policy.thresholds == tuple(bolder.thresholds)
+    tested, seen = certify._tested, []
+
+    def only_the_first(*args):
+        seen.append(tested(*args))
+        return seen[-1] if len(seen) == 1 else certify.replace(seen[-1], certified=0.11)
+
+    monkeypatch.setattr(certify, "_tested", only_the_first)
+    assert calibrate(model, asked, selection=found, bolder=True, **settings) == seen[0] and len(seen) == 2
+
+
+@pytest.mark.parametrize("first", [0.201, 0.02])
+def test_a_sequence_of_attempts_errs_no_more_often_than_delta(monkeypatch, first):
+    """The worst case: every choice, or every one but the first, harms a hair above the risk, each on its own."""
+    random, risk, delta = np.random.default_rng(0), 0.2, 0.3
+    monkeypatch.setattr(certify, "BOLDER", ((1.0, 0.5),) * 8)
+    request = choice.Request(risk, delta, None, "regret", 0.25, "hb", NEW, 32, True, 0)
+    template = dict.fromkeys(field.name for field in dataclasses.fields(certify.Certificate))
+    monkeypatch.setattr(certify, "_rehearsed", lambda *args, **kwargs: (((float(next(chosen)),), {}), None))
+
+    def tested(model, prompts, request, reference, delta, thresholds, promise):
+        harm = first if not thresholds[0] else risk + 0.001
+        bound = calibration.hoeffding_bentkus_bound(random.binomial(1, harm, len(prompts)), delta)
+        rest = {"certified": bound, "mean": harm, "n": len(prompts), "predicted": {"harm": risk}}
+        return certify.Certificate(**template | rest | {"thresholds": list(thresholds)})
+
+    monkeypatch.setattr(certify, "_tested", tested)
+    wrong = 0
+    for _ in range(300):
+        chosen = iter(range(20))
+        try:
+            wrong += certify._attempt(None, None, [[0]] * 100, request).mean > risk
+        except certify.Refused:
+            pass
+    assert 10 < wrong <= delta * 300
+
+
 def test_a_rehearsal_is_of_the_selection_prompts(model):
     found, thresholds = survey.survey(model, questions(12, seed=5), NEW), (0.02, 0.02)
     found.regret[:, 0] = 0  # as if leaving at the first exit had harmed nobody when surveyed
-    request = certify.Request(0.1, 0.2, None, "regret", 0.25, "wsr", NEW, 32, 0)
-    tolls, swings = certify.rehearse(model, found, request, thresholds)
+    request = choice.Request(0.1, 0.2, None, "regret", 0.25, "wsr", NEW, 32, False, 0)
+    tolls, swings = choice.rehearse(model, found, request, thresholds)
     picked = np.unique(found.rows)[::2]
     outcome = outcomes.observe(model, [questions(12, seed=5)[i] for i in picked], ExitPolicy(thresholds), NEW)
     free = survey.loss_per_prompt("regret", 0.25, outcome, None)

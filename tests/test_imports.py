@@ -22,7 +22,7 @@ ROWS = [
     + ["fills", "exits", "objective", "closed_form", *GRAPHS],
     ["lanes", "members", "record", "walk", "replay", "sampling", "verify", "decoding"],
     ["runs", "card", "storage", "model"],
-    ["rows", "states", "gates", "measure", "outcomes", "survey", "certify"]
+    ["rows", "states", "gates", "measure", "outcomes", "survey", "choice", "certify"]
     + ["tally", "descent", "scoring", "provenance", "metrics", "probing"],
     ["harness", "plain", "smooth", "parts", "folder", "export"],
 ]

@@ -35,6 +35,7 @@ class CalibrationConfig(Checked):
         bound: wsr, hb, or crc (which controls the mean only)
         max_new_tokens: length up to which answers are generated and vouched for
         batch_size: rows generated at once
+        bolder: try up to two cheaper choices once a risk is certified, for as many more generations
         spare: certify a risk on so many times the prompts that zero harm would need; none = on all of them
         seed: of the order in which prompts enter the bound
     """
@@ -49,6 +50,7 @@ class CalibrationConfig(Checked):
     bound: Literal["wsr", "hb", "crc"] = "wsr"
     max_new_tokens: int = 64
     batch_size: int = 32
+    bolder: bool = False
     spare: int | None = None
     seed: int = 0
 
@@ -135,6 +137,7 @@ def certified(model, found, prompts, risk, budget, config: CalibrationConfig) ->
         bound=config.bound,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
+        bolder=config.bolder,
         seed=config.seed,
         selection=found,
     )
