@@ -138,7 +138,7 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
             logger.warning("no exit can be opened on %d prompts at a risk of %s: never leaving", len(prompts), epsilon)
         tested = _tested(model, prompts, request, reference, delta, *chosen)
         if tested.certified <= epsilon:
-            goes_on = request.bolder and by_risk and most == request.risk
+            goes_on = request.bolder and by_risk and most == request.risk  # the first attempt's
             return _bolder(model, found, prompts, request, reference, rehearsed, tested) if goes_on else tested
         logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", chosen[0], tested.certified, tested.mean)
         most = tested.predicted["harm"] * RETREAT
@@ -166,15 +166,17 @@ def _bolder(model, found, prompts, request: Request, reference, rehearsed, certi
     harm is above the risk passes with probability at most that delta (fixed sequence testing, LTT section 4). One of
     several bounds is no bound at that delta, though: what is vouched for is the risk.
     """
-    delta = calibration.spend(request.delta, 2)[0]
+    delta, said = calibration.spend(request.delta, 2)[0], "%s: bound %.4f on a mean harm of %.4f; %s"
+    logger.warning(said, certificate.thresholds, certificate.certified, certificate.mean, "passed, going on")
     for caution, sure in BOLDER:
         aim = Aim(delta, request.risk, caution, sure)
         chosen, rehearsed = _rehearsed(model, found, request, len(prompts), aim, rehearsed, again=True)
         if list(chosen[0]) == certificate.thresholds:
             continue
         tested = _tested(model, prompts, request, reference, delta, *chosen)
-        logger.warning("%s: bound %.4f on a mean harm of %.4f, bolder", chosen[0], tested.certified, tested.mean)
-        if tested.certified > request.risk:
+        passed = tested.certified <= request.risk
+        logger.warning(said, chosen[0], tested.certified, tested.mean, "passed" if passed else "the one before stays")
+        if not passed:
             break
         certificate = replace(tested, certified=request.risk)
     return certificate
