@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 
 def interleaved(runs: dict[str, Callable], rounds: int, title: str) -> dict[str, list]:
-    """Returns what each of `runs` returned, once per round; every round begins with another one."""
-    names, found = list(runs), {name: [] for name in runs}
-    for turn in tqdm(range(rounds), desc=title):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    """Returns what each of `runs` returned, once per round; every round in another order, so that none always runs
+    behind the same one."""
+    names, found, generator = list(runs), {name: [] for name in runs}, np.random.default_rng(0)
+    for _ in tqdm(range(rounds), desc=title):
+        for name in generator.permutation(names):
             found[name].append(runs[name]())
     return found
 
