@@ -66,7 +66,7 @@ def calibrate(
             max_new_tokens: length, 64, up to which answers are generated and vouched for.
             batch_size: rows generated at once, 32.
             bolder: whether a risk that was certified at the first attempt is tried with up to two cheaper choices,
-                for as many more generations, False.
+                for as many more generations, False. Not with the bound "crc", which says nothing of single draws.
             seed: of the split and of the bound's order, 0.
 
     Raises:
@@ -128,18 +128,19 @@ def _attempt(model, found: Survey, prompts: list[list[int]], request: Request) -
         full = ExitPolicy.full(model.num_exits)
         reference = answer(model, prompts, full, request.max_new_tokens, request.batch_size)[0]
     by_risk, most, epsilon = request.budget is None, request.risk, request.risk if request.budget is None else 1.0
-    rehearsed = None
-    for delta in calibration.spend(request.delta, 2) if by_risk else [request.delta]:
+    rehearsed, deltas = None, calibration.spend(request.delta, 2) if by_risk else [request.delta]
+    for attempt, delta in enumerate(deltas):
         if by_risk and len(prompts) < calibration.needed_prompts(request.risk, delta, request.bound):
             break  # the second attempt's smaller delta needs more
-        first = rehearsed is None
-        chosen, rehearsed = _rehearsed(model, found, request, len(prompts), Aim(delta, most), rehearsed, again=first)
+        again = attempt == 0
+        chosen, rehearsed = _rehearsed(model, found, request, len(prompts), Aim(delta, most), rehearsed, again)
         if by_risk and not np.isfinite(chosen[0]).any():
             logger.warning("no exit can be opened on %d prompts at a risk of %s: never leaving", len(prompts), epsilon)
-        tested = _tested(model, prompts, request, reference, delta, *chosen)
-        if tested.certified <= epsilon:
-            goes_on = request.bolder and by_risk and most == request.risk  # the first attempt's
-            return _bolder(model, found, prompts, request, reference, rehearsed, tested) if goes_on else tested
+        passed, tested = _tested(model, prompts, request, reference, delta, *chosen)
+        if passed and attempt == 0 and by_risk and request.bolder:
+            return _bolder(model, found, prompts, request, reference, rehearsed, tested)
+        if passed:
+            return tested
         logger.warning("%s: bound %.4f on a mean harm of %.4f; retreating", chosen[0], tested.certified, tested.mean)
         most = tested.predicted["harm"] * RETREAT
     raise Refused(
@@ -163,18 +164,17 @@ def _bolder(model, found, prompts, request: Request, reference, rehearsed, certi
 
     Survey and rehearsals fix the choices, so they form a sequence that was there before any harm on these prompts was
     seen, and each is tested at the first one's delta only if all before it passed. Whichever comes first of those whose
-    harm is above the risk passes with probability at most that delta (fixed sequence testing, LTT section 4). One of
+    harm is above the risk passes with probability at most that delta (fixed sequence testing, see LTT). One of
     several bounds is no bound at that delta, though: what is vouched for is the risk.
     """
     delta, said = calibration.spend(request.delta, 2)[0], "%s: bound %.4f on a mean harm of %.4f; %s"
     logger.warning(said, certificate.thresholds, certificate.certified, certificate.mean, "passed, going on")
     for caution, sure in BOLDER:
         aim = Aim(delta, request.risk, caution, sure)
-        chosen, rehearsed = _rehearsed(model, found, request, len(prompts), aim, rehearsed, again=True)
+        chosen, rehearsed = _rehearsed(model, found, request, len(prompts), aim, rehearsed, True)
         if list(chosen[0]) == certificate.thresholds:
             continue
-        tested = _tested(model, prompts, request, reference, delta, *chosen)
-        passed = tested.certified <= request.risk
+        passed, tested = _tested(model, prompts, request, reference, delta, *chosen)
         logger.warning(said, chosen[0], tested.certified, tested.mean, "passed" if passed else "the one before stays")
         if not passed:
             break
@@ -182,14 +182,14 @@ def _bolder(model, found, prompts, request: Request, reference, rehearsed, certi
     return certificate
 
 
-def _tested(model, prompts, request: Request, reference, delta: float, thresholds, promise) -> Certificate:
-    """Returns what would be certified if the bound, `certified`, is low enough."""
+def _tested(model, prompts, request: Request, reference, delta, thresholds, promise) -> tuple[bool, Certificate]:
+    """Returns whether the thresholds pass, and the certificate that they then have."""
     outcome = observe(model, prompts, ExitPolicy(thresholds), request.max_new_tokens, request.batch_size)
     harms = loss_per_prompt(request.harm, request.tolerance, outcome, reference)
     generator = np.random.default_rng(request.seed)
     epsilon = request.risk if request.budget is None else 1.0
-    _, upper = calibration.certify(harms, epsilon, delta, request.bound, generator=generator)
-    return _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
+    passed, upper = calibration.certify(harms, epsilon, delta, request.bound, generator=generator)
+    return bool(passed), _certificate(model, request, prompts, outcome, harms, thresholds, upper, promise)
 
 
 def _certificate(model, request: Request, prompts, outcome: Outcome, harms, thresholds, upper, promise) -> Certificate:

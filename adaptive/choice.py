@@ -130,6 +130,8 @@ class Request:
             problems.append(f"`harm`={self.harm!r} is not one of {', '.join(HARMS)}, nor a callable")
         if self.bound not in calibration.BOUNDS:
             problems.append(f"`bound`={self.bound!r} is not one of {', '.join(calibration.BOUNDS)}")
+        if self.bolder and self.bound == "crc":
+            problems.append("`bolder` with the `bound` 'crc', which controls the mean over draws, not each; take 'wsr'")
         if self.budget is None and (self.risk is None or not 0 < self.risk < 1):
             problems.append(f"`risk`={self.risk!r} is not between 0 and 1")
         if self.budget is not None and self.budget <= 0:

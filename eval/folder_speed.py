@@ -87,14 +87,14 @@ def main(config: FolderSpeedConfig) -> dict:
     costs = Costs(runtime.manifest["costs"]["shape"], runtime.manifest["costs"]["exits"])
     seconds, traces = {name: [] for name in config.policies}, {name: [] for name in config.policies}
     timed(runtime, encoded(runtime, prompts[0]), runtime.policy("full"), 16)  # what is slow only once
-    for number, prompt in enumerate(prompts):
+    generator = np.random.default_rng(0)
+    for prompt in prompts:
         ids = encoded(runtime, prompt)
-        names = np.roll(config.policies, number)
-        for name in names.tolist():
+        for name in generator.permutation(config.policies).tolist():
             took, trace = timed(runtime, ids, runtime.policy(name), config.new_tokens)
             seconds[name].append(took)
             traces[name].append(trace)
-    full, generator, results = np.array(seconds["full"]), np.random.default_rng(0), []
+    full, results = np.array(seconds["full"]), []
     for name in config.policies:
         own, count = np.array(seconds[name]), len(prompts)
         drawn = generator.integers(0, count, (1000, count))

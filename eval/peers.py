@@ -294,11 +294,12 @@ def judged(side: Side, model, proof: list, report: list, full: list, config: Pee
 def timed(sides: list[Side], picked: dict, report: list, config: PeersConfig) -> dict:
     """Returns tokens/s by side and batch size, prefill included: [median, least, most] of interleaved rounds."""
     out: dict = {side.name: {} for side in sides}
+    generator = np.random.default_rng(0)
     for size in BATCHES:
         prompts = report[: max(size, config.speed_prompts)]
         rates: dict = {side.name: [] for side in sides}
         for start in range(0, len(prompts) - size + 1, size):
-            for side in sides:
+            for side in (sides[index] for index in generator.permutation(len(sides))):
                 point = side.points[picked[side.name] if picked[side.name] is not None else 0]
                 begun = time.perf_counter()
                 tokens = side.speak(prompts[start : start + size], point)

@@ -177,9 +177,10 @@ def measured(job: Job, policy: ExitPolicy, full: dict | None) -> dict:
 
 
 def timed(job: Job, prompts: list[list[int]], tokens: int) -> dict:
-    """Returns decoded tokens/s at batch 1, prefill left out: of every policy in turn, on one prompt after the other."""
-    rates = {name: [] for name in job.policies}
-    rounds = [(prompt, name) for prompt in [prompts[0], *prompts] for name in rates]  # the first one warms up
+    """Returns decoded tokens/s at batch 1, prefill left out, by policy: prompt after prompt, policies shuffled."""
+    rates, generator = {name: [] for name in job.policies}, np.random.default_rng(0)
+    asked = [prompts[0], *prompts]  # the first one warms up
+    rounds = [(prompt, name) for prompt in asked for name in generator.permutation(list(rates)).tolist()]
     for prompt, name in tqdm(rounds, desc="timing", unit="answer"):
         times, ids = [], torch.tensor([prompt], device=job.model.device)
         clock = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None)

@@ -102,6 +102,8 @@ def test_impossible_requests_are_named_at_once(model):
     with pytest.raises(ValueError, match="(?s)tolerance.*max_new_tokens.*batch_size"):
         wrong = {"tolerance": float("nan"), "max_new_tokens": 2.5, "batch_size": 0}
         calibrate(model, questions(10), **wrong, tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match="`bolder` with the `bound` 'crc'"):
+        calibrate(model, questions(10), bolder=True, bound="crc", tokenizer=Tokenizer())
     with pytest.raises(ValueError, match="tolerence"):
         calibrate(model, questions(10), tolerence=1, tokenizer=Tokenizer())
     with pytest.raises(ValueError, match="no prompts"):
@@ -144,10 +146,10 @@ def test_bolder_choices_follow_a_pass_and_vouch_for_the_risk_only(model, monkeyp
 
     def only_the_first(*args):
         seen.append(tested(*args))
-        return seen[-1] if len(seen) == 1 else certify.replace(seen[-1], certified=0.11)
+        return seen[-1] if len(seen) == 1 else (False, certify.replace(seen[-1][1], certified=0.11))
 
     monkeypatch.setattr(certify, "_tested", only_the_first)
-    assert calibrate(model, asked, selection=found, bolder=True, **settings) == seen[0] and len(seen) == 2
+    assert calibrate(model, asked, selection=found, bolder=True, **settings) == seen[0][1] and len(seen) == 2
 
 
 @pytest.mark.parametrize("first", [0.201, 0.02])
@@ -163,7 +165,7 @@ def test_a_sequence_of_attempts_errs_no_more_often_than_delta(monkeypatch, first
         harm = first if not thresholds[0] else risk + 0.001
         bound = calibration.hoeffding_bentkus_bound(random.binomial(1, harm, len(prompts)), delta)
         rest = {"certified": bound, "mean": harm, "n": len(prompts), "predicted": {"harm": risk}}
-        return certify.Certificate(**template | rest | {"thresholds": list(thresholds)})
+        return bound <= risk, certify.Certificate(**template | rest | {"thresholds": list(thresholds)})
 
     monkeypatch.setattr(certify, "_tested", tested)
     wrong = 0

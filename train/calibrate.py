@@ -63,6 +63,8 @@ class CalibrationConfig(Checked):
         )
         found += [f"`risks` has {r}; each must be between 0 and 1" for r in self.risks if not 0 < r < 1]
         found += [f"`budgets` has {b}; each must be above 0" for b in self.budgets if b <= 0]
+        if self.bolder and self.bound == "crc":
+            found.append("`bolder` goes with the `bound` wsr or hb; crc controls the mean over draws, not each")
         if not 0 < self.delta < 1:
             found.append(f"`delta` is {self.delta}; it must be between 0 and 1")
         return found
