@@ -66,7 +66,8 @@ def calibrate(
             max_new_tokens: length, 64, up to which answers are generated and vouched for.
             batch_size: rows generated at once, 32.
             bolder: whether a risk that was certified at the first attempt is tried with up to two cheaper choices,
-                for as many more generations, False. Not with the bound "crc", which says nothing of single draws.
+                for as many more generations, False. What is then vouched for is the risk itself, not a bound below
+                it. Not with the bound "crc", which says nothing of single draws.
             seed: of the split and of the bound's order, 0.
 
     Raises:
@@ -160,15 +161,17 @@ def _rehearsed(model, found: Survey, request: Request, n: int, aim: Aim, rehears
 
 
 def _bolder(model, found, prompts, request: Request, reference, rehearsed, certificate: Certificate) -> Certificate:
-    """Returns the certificate of the last of ever bolder choices that passes, the given one's where none does.
+    """Returns the certificate of the last of ever bolder choices that passes, the given choice's where none does.
 
     Survey and rehearsals fix the choices, so they form a sequence that was there before any harm on these prompts was
     seen, and each is tested at the first one's delta only if all before it passed. Whichever comes first of those whose
-    harm is above the risk passes with probability at most that delta (fixed sequence testing, see LTT). One of
-    several bounds is no bound at that delta, though: what is vouched for is the risk.
+    harm is above the risk passes with probability at most that delta (fixed sequence testing, see LTT). What is vouched
+    for is therefore the risk, whichever choice it comes to, the first included: of several bounds, each may be wrong
+    with probability delta.
     """
     delta, said = calibration.spend(request.delta, 2)[0], "%s: bound %.4f on a mean harm of %.4f; %s"
     logger.warning(said, certificate.thresholds, certificate.certified, certificate.mean, "passed, going on")
+    certificate = replace(certificate, certified=request.risk)
     for caution, sure in BOLDER:
         aim = Aim(delta, request.risk, caution, sure)
         chosen, rehearsed = _rehearsed(model, found, request, len(prompts), aim, rehearsed, True)
