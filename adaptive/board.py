@@ -20,7 +20,8 @@ def read(places: Sequence[str | Path]) -> tuple[list[dict], list[str]]:
 
     Of the same model, policy and tasks the newest is kept. Each row has `model`, `backbone`, `policy`, `full` (whether
     it is full depth), `tasks` (by name: `metric`, `value`, `stderr`, `higher_is_better`), `statistics`
-    (`Tally.summary` of "all" and by task), `oracle_share`, `average`, `dominated` and where it comes from.
+    (`Tally.summary` of "all" and by task), `oracle_share`, `average`, `dominated` and where it comes from. A score that
+    is NaN or infinite cannot be averaged or drawn: the row has no such task, and a line says so.
 
     Raises:
         ValueError: nothing there that could be used.
@@ -41,7 +42,9 @@ def read(places: Sequence[str | Path]) -> tuple[list[dict], list[str]]:
             problems.append(f"{path}: {what}")
             continue
         if row is not None:
-            key = (row["model"], row["policy"], *sorted(row["tasks"]))
+            lost = row.pop("lost")
+            problems += [f"{path}: {task} has {what}, so the row goes without it" for task, what in lost.items()]
+            key = (row["model"], row["policy"], *sorted(row["tasks"] | lost))
             if key not in found or found[key]["date"] <= row["date"]:
                 found[key] = row
     if not found:
@@ -75,7 +78,8 @@ def _row(path: Path) -> dict | None:
     thresholds = found["thresholds"] if found else []
     statistics = found["statistics"] if found else {"all": {}, "tasks": {}}
     priced = {**statistics["tasks"], "all": statistics["all"]}
-    return {
+    tasks, lost = _tasks(own)
+    row = {
         "model": str(model),
         "backbone": str(found.get("backbone") or model),
         "policy": found["policy"] if found else str(own["config"]["model"]),
@@ -84,7 +88,8 @@ def _row(path: Path) -> dict | None:
         "exits": found["exits"] if found else None,
         "layers": found["layers"] if found else None,
         "certificate": found.get("certificate"),
-        "tasks": _tasks(own),
+        "tasks": tasks,
+        "lost": lost,
         "documents": {task: counts["effective"] for task, counts in own.get("n-samples", {}).items()},
         "data": {task: config.get("dataset_path") for task, config in own.get("configs", {}).items()},
         "statistics": statistics,
@@ -97,10 +102,22 @@ def _row(path: Path) -> dict | None:
         "date": str(where.get("date") or own.get("date", "")),
         "files": [str(path)],
     }  # fmt: skip
+    if odd := [name for name, value in row.items() if not _finite(value)]:
+        raise ValueError(f"NaN or infinite figures in {odd}; evaluate this policy again")
+    return row
 
 
-def _tasks(own: dict) -> dict[str, dict]:
-    out = {}
+def _finite(value: object) -> bool:
+    """Returns whether all numbers in a JSON value are such that JSON has them."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(_finite, parts))
+
+
+def _tasks(own: dict) -> tuple[dict[str, dict], dict[str, str]]:
+    """Returns the scores by task, and of tasks whose score is not finite what they have instead."""
+    out, lost = {}, {}
     for task, values in own["results"].items():
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and "," in name}
         named = {name.split(",")[0]: name for name in reversed(numbers) if "_stderr," not in name}
@@ -108,6 +125,9 @@ def _tasks(own: dict) -> dict[str, dict]:
             continue  # a group's heading
         metric = next((metric for metric in METRICS if metric in named), next(reversed(named)))
         name = named[metric]
+        if not math.isfinite(numbers[name]):
+            lost[task] = f"{metric} {numbers[name]}"
+            continue
         error = values.get(f"{metric}_stderr,{name.split(',', 1)[1]}")
         better = own.get("higher_is_better", {}).get(task, {}).get(metric)
         out[task] = {
@@ -117,8 +137,8 @@ def _tasks(own: dict) -> dict[str, dict]:
             "higher_is_better": "perplexity" not in metric and metric != "bits_per_byte" if better is None else better,
         }
     if not out:
-        raise ValueError("it has no figures of any task")
-    return out
+        raise ValueError(f"it has no finite figures of any task{f', only {lost}' if lost else ''}")
+    return out, lost
 
 
 def _share(statistics: dict) -> float | None:

@@ -87,12 +87,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     path = folder / STATE
     if not path.exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"`{path}` cannot be read: {error}. Delete it to start from the first step") from error
+    progress, tensors = read_state(path)
     if other := _differences(progress, same):
         raise ValueError(
             f"`{path}` goes with another run: {other}. Resume with the same data and number of processes, or train "
@@ -107,6 +102,26 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
             # AdamW counts its steps on the CPU.
             optimizer.state[weights[name]][kind] = tensor if kind == "step" else tensor.to(weights[name].device)
     return progress
+
+
+def read_state(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Returns the progress in a state's header, and its tensors by name.
+
+    Raises:
+        ValueError: it is no whole file, or none of a training run.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"`{path}` cannot be read: {error}. Delete it to start from the first step") from error
+    if "progress" not in header:
+        raise ValueError(
+            f"`{path}` cannot be resumed from: its header does not say how far training was, so something else wrote "
+            "it. Delete it to start from the first step"
+        )
+    return json.loads(header["progress"]), tensors
 
 
 class Metrics:

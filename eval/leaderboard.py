@@ -76,7 +76,7 @@ def main(config: LeaderboardConfig) -> list[dict]:
         for_the_hub([row for row in rows if row["model"] == model], folder / "hub" / file_name(model))
     if config.log == "wandb":
         track(rows, config.project, folder / "leaderboard.html")
-    print(f"{markdown(rows, [])}\n{len(rows)} rows, {len(problems)} files skipped; open {folder / 'leaderboard.html'}")
+    print(f"{markdown(rows, [])}\n{len(rows)} rows, {len(problems)} skipped; open {folder / 'leaderboard.html'}")
     return rows
 
 

@@ -53,7 +53,7 @@ from adaptive.calibration import BY_TOKEN, rouge_l
 from adaptive.model import EarlyExitModel
 from adaptive.outcomes import observe
 from adaptive.policy import ExitPolicy
-from adaptive.prompts import encode
+from adaptive.prompts import encode, read_parts
 from adaptive.provenance import provenance
 from adaptive.runs import write_json
 
@@ -62,7 +62,7 @@ def main(config: RecheckConfig) -> dict:
     """Prints and returns the figures.
 
     Raises:
-        ValueError: the run has no certificate, or one of whole answers.
+        ValueError: the run has no certificate, or one of whole answers; fewer than two new prompts.
     """
     model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
     certificate = model.certificate
@@ -70,7 +70,12 @@ def main(config: RecheckConfig) -> dict:
         raise ValueError(f"{config.run} has no certificate of harm per token; run train/calibrate.py with such a harm")
     seen = json.loads(Path(config.seen).read_text()) if config.seen else {}
     known = {str(prompt) for part in seen.values() for prompt in part}
-    prompts = [p for p in json.loads(Path(config.prompts).read_text())["report"] if str(p) not in known]
+    prompts = [p for p in read_parts(config.prompts, "report")[0] if str(p) not in known]
+    if len(prompts) < 2:
+        raise ValueError(
+            f"`report` of {config.prompts} has {len(prompts) or 'no'} prompts that are not in `seen`; give at least 2, "
+            "since one harm has no standard error"
+        )
     ids = encode(prompts, certify.load_tokenizer(model))
     policies = ExitPolicy.full(model.num_exits), ExitPolicy(tuple(certificate.thresholds))
     full, outcome = (observe(model, ids, policy, certificate.max_new_tokens, config.batch_size) for policy in policies)

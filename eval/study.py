@@ -89,7 +89,7 @@ from adaptive.model import EarlyExitModel
 from adaptive.objective import exit_features, full_states
 from adaptive.outcomes import answer
 from adaptive.policy import ExitPolicy
-from adaptive.prompts import encode, is_ids
+from adaptive.prompts import encode, is_ids, read_parts
 from adaptive.provenance import provenance
 from adaptive.rows import load_rows, num_labelled, rows_of_step, split_rows, take
 from adaptive.runs import put, write_json
@@ -175,7 +175,7 @@ def answered(model: EarlyExitModel, config: StudyConfig, plan: dict) -> dict:
 
     The answers are kept beside the runs: all variations share them, also those that train the backbone.
     """
-    prompts = json.loads(Path(config.prompts).read_text())[config.part][: config.num_prompts]
+    prompts = read_parts(config.prompts, config.part)[0][: config.num_prompts]
     asked = encode(prompts, None if all(map(is_ids, prompts)) else load_tokenizer(model))
     path = Path(config.output) / "answers.json"
     key = digest(repr([asked, config.answer_tokens, plan.get("model")]).encode())

@@ -77,7 +77,15 @@ def test_an_interrupted_run_ends_in_the_same_result(script, texts, tmp_path, mon
         real(*args)
         raise KeyboardInterrupt
 
+    def half(tokenizer, folder):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "tokenizer_config.json").write_text("{}")
+        raise KeyboardInterrupt
+
     config = configure(script, texts, tmp_path / "parts", steps=12, eval_every=4)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(script.PreTrainedTokenizerFast, "save_pretrained", half)
+        script.main(config)
     monkeypatch.setattr(script, "save_state", stop)
     with pytest.raises(KeyboardInterrupt):
         script.main(config)
@@ -86,6 +94,7 @@ def test_an_interrupted_run_ends_in_the_same_result(script, texts, tmp_path, mon
     assert parts["held_out"] == whole["held_out"] and parts["data_sha256"] == whole["data_sha256"]
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert lines[0] == lines[1] and lines[0].count("\n") == 12
+    assert not list((tmp_path / "parts").glob("*.new"))
     with pytest.raises(ValueError, match="another configuration: `steps` is 12 there, 13 now"):
         script.main(replace(config, steps=13))
     # Other texts under the same configuration.

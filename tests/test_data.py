@@ -6,8 +6,10 @@ import resource
 import numpy as np
 import pytest
 import torch
+from conftest import script
 
-from adaptive import data
+from adaptive import EarlyExitModel, data
+from adaptive.prompts import encode, read_parts
 
 
 def refused(error, call, *args, **kwargs) -> str:
@@ -192,3 +194,66 @@ def test_a_digest_sees_names_types_shapes_and_values_but_no_order():
     assert len({same, *map(data.digest, others)}) == 6
     assert data.digest({"a": torch.tensor(1.0, dtype=torch.bfloat16)}) != data.digest({"a": torch.tensor(1.0)})
     assert data.digest(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.fixture
+def calibrate():
+    """The script as a module."""
+    return script("train/calibrate")
+
+
+def test_a_conversation_is_asked_up_to_the_users_last_turn(calibrate, tmp_path):
+    system, user, said = ({"role": role, "content": role} for role in ("system", "user", "assistant"))
+    path = write_rows(
+        tmp_path / "x.jsonl",
+        {"messages": [system, user, said, user, said]},
+        {"messages": [user, said]},
+        {"text": "user"},
+        {"messages": [system, user, said, user]},
+        {"prompt": "2+2?", "answer": "4"},
+    )
+    assert calibrate.questions(str(path)) == [[system, user, said, user], "user", "2+2?"]
+    selection, certifying = calibrate.read_prompts(calibrate.CalibrationConfig("run", str(path)))
+    assert len(selection + certifying) == 3 and [system, user, said, user] in selection + certifying
+    for messages in ([system, said], [], "hello", ["hello"]):
+        write_rows(path, {"messages": messages})
+        message = refused(ValueError, calibrate.questions, str(path))
+        assert "has no message of the user; give a list of" in message and repr(messages)[:60] in message
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ([{"text": "a"}], "holds a list; wanted an object"),
+        ({"select": "abc", "certify": ["d"]}, "`select` of PATH is of the type str; give a list of prompts"),
+        ({"select": ["a"], "certify": [3]}, "`certify` of PATH has 3 at place 0, of the type int; a prompt is"),
+        ({"select": ["a"], "certify": ["b", {"text": "c"}]}, "has {'text': 'c'} at place 1, of the type dict"),
+        ({"select": ["a"], "certify": [["b", "c"]]}, "has ['b', 'c'] at place 0, of the type list; a prompt is"),
+        ({"select": ["a"], "certify": []}, "lacks ['certify']; it has ['certify', 'select']"),
+    ],
+)
+def test_what_is_no_prompts_is_refused_before_anything_is_made(calibrate, tmp_path, monkeypatch, content, part):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    assert part.replace("PATH", str(path)) in refused(ValueError, read_parts, path, "select", "certify")
+    config = calibrate.CalibrationConfig(str(tmp_path / "run"), str(path))
+    assert refused(ValueError, calibrate.read_prompts, config) == refused(
+        ValueError, read_parts, path, "select", "certify"
+    )
+    refused(Exception, calibrate.main, config)  # no such run
+    monkeypatch.setattr(EarlyExitModel, "from_pretrained", lambda run: torch.nn.Identity())
+    refused(ValueError, calibrate.main, config)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_encode_takes_prompts_of_every_kind_and_refuses_others():
+    kinds = [[3, 4], np.array([5, 6]), torch.tensor([7]), (8,)]
+    assert encode(kinds, None) == [[3, 4], [5, 6], [7], [8]] and encode(torch.ones(2, 1), None) == [[1], [1]]
+    message = [{"role": "user", "content": "a"}]
+    assert "`prompts` is of the type str; give a list" in refused(ValueError, encode, "abc", None)
+    assert "at place 0, of the type dict" in refused(ValueError, encode, message, None)
+
+    class Bare:
+        chat_template = None
+
+    assert "of 1 messages, but" in refused(ValueError, encode, [message], Bare())

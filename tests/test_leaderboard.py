@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import script
 
 from adaptive import board
 
@@ -148,6 +149,25 @@ def test_every_form_says_the_same_and_the_page_is_self_contained(place, tmp_path
     index = yaml.safe_load((hub / "model-index.yaml").read_text())["model-index"]
     assert index[0]["name"] == "tiny" and len(index[0]["results"]) == 8
     assert (hub / "card.md").read_text().startswith("## Evaluation")
+
+
+def test_figures_that_are_not_finite_are_named_and_the_page_is_drawn(place, tmp_path):
+    before = {row["policy"]: row for row in board.read([place])[0]}
+    odd = results(place, "runs/tiny", "b", 0.6, 0.5, when=5)  # the newest one of b counts, odd as it is
+    whole = odd.with_name(odd.name.replace("adaptive", "results"))
+    whole.write_text(whole.read_text().replace('"perplexity,none": 20.0', '"perplexity,none": Infinity', 1))
+    half = results(place, "runs/tiny", "c", 0.7, 0.7)
+    half.write_text(half.read_text().replace('"relative_flops": 0.7', '"relative_flops": NaN'))
+    leaderboard = script("eval/leaderboard")
+    rows = leaderboard.main(leaderboard.LeaderboardConfig([str(place)], str(tmp_path / "out")))
+    b, a, worse, full = rows
+    assert set(b["tasks"]) == set(TASKS) - {"task3"} and b["average"] is None
+    assert (a, worse, full) == (before["a"], before["worse"], before["full"])
+    shown = json.loads((tmp_path / "out" / "leaderboard.json").read_text(), parse_constant=pytest.fail)
+    assert shown["rows"] == json.loads(json.dumps(rows)) and len(shown["skipped"]) == 2
+    assert f"{odd}: task3 has perplexity inf, so the row goes without it" in shown["skipped"]
+    assert any(line.startswith(f"{half}: NaN or infinite figures in ['statistics'") for line in shown["skipped"])
+    assert "task3 has perplexity inf" in (tmp_path / "out" / "leaderboard.html").read_text()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a headless browser")

@@ -304,6 +304,9 @@ def test_a_recheck_tells_harm_and_likeness_on_new_prompts(run, tmp_path):
     with pytest.raises(ValueError, match="no prompts"):  # "report" is among those seen
         recheck.main(recheck.RecheckConfig(str(tmp_path / "run"), **paths))
     paths.pop("seen")
+    (tmp_path / "one.json").write_text(json.dumps({"report": parts["report"][:1]}))
+    with pytest.raises(ValueError, match="has 1 prompts.*give at least 2"):
+        recheck.main(recheck.RecheckConfig(str(tmp_path / "run"), str(tmp_path / "one.json")))
     config = recheck.RecheckConfig(str(tmp_path / "run"), **paths, output=str(tmp_path / "out.json"))
     found = recheck.main(config)
     assert found == json.loads((tmp_path / "out.json").read_text())

@@ -257,5 +257,8 @@ def test_bad_studies_are_refused(place):
         study.StudyConfig("x.yaml", "p.json", "out", {"a": [1]}, only=["b"])
     with pytest.raises(ConfigError, match="did you mean `steps`"):
         study.planned(yaml.safe_load((place / "base.yaml").read_text()), {"stepz": 3}, place / "z")
+    with pytest.raises(ValueError, match="lacks \\['gone'\\]; it has \\['certify'\\]"):
+        files = [str(place / "base.yaml"), str(place / "prompts.json"), "out"]
+        study.answered(None, study.StudyConfig(*files, {}, part="gone"), {})
     with pytest.raises(ValueError, match="holds no judged variation; run eval/study.py first"):
         recipes.main(recipes.RecipesConfig(str(place), "out"))

@@ -1,12 +1,16 @@
 """The text that a model makes of its own or of given prompts."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import VOCAB, script, tiny
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from adaptive import EarlyExitModel, ExitConfig
 
 text = script("train/text")
 GIVEN = ["w7 w8", "w9 w10 w11", "w7 w8", "w12"]
@@ -66,3 +70,45 @@ def test_a_record_without_the_field_is_still_of_this_configuration(place, capsys
     text.main(old)
     assert "nothing to do" in capsys.readouterr().out
     assert not text.made_with(place / "old" / "text.json", config(place, "old", prompts="mine.jsonl"))
+
+
+def test_an_interrupted_run_takes_its_own_batches_and_no_others(place, monkeypatch):
+    given = place / "mine.jsonl"
+    given.write_text((place / "prompts.jsonl").read_text())
+    first, mine = config(place, "broken", prompts=str(given)), place / "broken" / "parts" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("a user's")
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(text, "as_rows", stopped)
+        text.main(first)
+    (place / "broken").rename(place / "moved")
+    second = replace(first, output=f"{place / 'moved'}/")
+    # Other prompts in the same file, then the same ones again, of which nothing is said anew.
+    given.write_text('{"text": "w30 w31"}\n{"text": "w9 w10 w11"}\n')
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(text, "write_json", stopped)
+        text.main(second)
+    edited = load_file(place / "moved" / "train.safetensors")
+    fresh, _ = made(config(place, "fresh", prompts=str(given)))
+    assert all(np.array_equal(edited[name], fresh[name]) for name in fresh)
+    given.write_text((place / "prompts.jsonl").read_text())
+    monkeypatch.setattr(text, "sample", stopped)
+    rows, _ = made(second)
+    assert not np.array_equal(rows["labels"][0], fresh["labels"][0])
+    assert (place / "moved" / "parts" / "mine.txt").read_text() == "a user's"
+    (place / "moved").rename(place / "again")
+    text.main(replace(first, output=str(place / "again")))
+
+
+def test_batches_of_other_weights_or_settings_lie_elsewhere(place):
+    tokenizer, settings = AutoTokenizer.from_pretrained(place / "model"), config(place, "x")
+    one, other = (EarlyExitModel.from_backbone(tiny("llama", seed), ExitConfig([1], head="norm")) for seed in (0, 1))
+    key = text.key_of(one, tokenizer, settings)
+    assert key == text.key_of(one, tokenizer, replace(settings, output="y", report=9))
+    changed = [replace(settings, **{name: 3}) for name in ("prompt_tokens", "answer_tokens", "temperature", "seed")]
+    keys = [text.key_of(one, tokenizer, values) for values in changed] + [text.key_of(other, tokenizer, settings)]
+    assert len({key, *keys}) == 6

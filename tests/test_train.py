@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import VOCAB, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -257,6 +257,9 @@ def test_state_of_another_run_and_broken_state_are_refused(exits, place, tmp_pat
         runs.load_state(tmp_path, run.plain, run.optimizer, {"rows_per_step": 8})
     (tmp_path / runs.STATE).write_bytes((tmp_path / runs.STATE).read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read.*Delete it"):
+        runs.load_state(tmp_path, run.plain, run.optimizer, {})
+    save_file({"model/x": torch.zeros(1)}, tmp_path / runs.STATE)
+    with pytest.raises(ValueError, match="does not say how far training was.*Delete it"):
         runs.load_state(tmp_path, run.plain, run.optimizer, {})
 
 

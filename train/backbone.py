@@ -79,13 +79,13 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from adaptive.data import digest, read_texts
 from adaptive.provenance import provenance
 from adaptive.rows import Rows, load_rows, num_labelled, rows_of_step, split_rows
-from adaptive.runs import STATE, Metrics, earlier_run, put, write_json
+from adaptive.runs import STATE, Metrics, earlier_run, put, read_state, write_json
 
 END = "<|endoftext|>"  # between texts, and the first token of a text that the model begins
 WARM_UP, DECAY = 0.1, 0.4  # shares of the steps
@@ -112,7 +112,7 @@ def main(config: BackboneConfig) -> dict:
         return earlier
     write_json(folder / "run.json", record)
     if not (folder / "tokenizer_config.json").exists():
-        tokenizer_of(config).save_pretrained(folder)
+        save_tokenizer(tokenizer_of(config), folder)
     rows, held_out = split_rows(load_rows(config.data, config.output, config.sequence_length), config.seed)
     model = fresh_model(config, PreTrainedTokenizerFast.from_pretrained(folder))
     # As usual, norms and biases do not decay.
@@ -139,6 +139,15 @@ def main(config: BackboneConfig) -> dict:
     write_json(folder / "summary.json", summary)
     print(json.dumps(summary))
     return summary
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes a tokenizer's files, last the one by which it is known to be there."""
+    fresh = folder / "tokenizer.new"
+    tokenizer.save_pretrained(fresh)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == "tokenizer_config.json"):
+        os.replace(path, folder / path.name)
+    fresh.rmdir()
 
 
 def tokenizer_of(config: BackboneConfig) -> PreTrainedTokenizerFast:
@@ -251,21 +260,20 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, f
     """Puts back what `save_state` wrote; returns its progress, `fresh` when there is none yet.
 
     Raises:
-        ValueError: the texts are others now.
+        ValueError: the texts are others now, or the file is broken.
     """
     if not path.exists():
         return fresh
     weights = dict(model.named_parameters())
-    with safe_open(path, "pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        if progress["data_sha256"] != fresh["data_sha256"]:
-            raise ValueError(f"`{path}` was trained on other texts than `data` has now; train into another `output`")
-        for key in file.keys():
-            kind, name = key.split("/")
-            if kind == "model":
-                weights[name].data.copy_(file.get_tensor(key))
-            else:
-                optimizer.state[weights[name]][kind] = file.get_tensor(key)
+    progress, tensors = read_state(path)
+    if progress["data_sha256"] != fresh["data_sha256"]:
+        raise ValueError(f"`{path}` was trained on other texts than `data` has now; train into another `output`")
+    for key, tensor in tensors.items():
+        kind, name = key.split("/")
+        if kind == "model":
+            weights[name].data.copy_(tensor)
+        else:
+            optimizer.state[weights[name]][kind] = tensor
     return progress
 
 

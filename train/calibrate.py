@@ -3,9 +3,10 @@
     python train/calibrate.py --run runs/demo --prompts runs/demo/text/prompts.json --risks 0.02,0.05,0.1
     python train/calibrate.py --run runs/mine --prompts my_prompts.jsonl --budgets 0.7,0.8 --harm sequence
 
-Prompts are a .json file of {"select": [...], "certify": [...]} (as train/text.py writes), or anything that
-`adaptive.data.read_texts` reads, of which a quarter selects. The first target asked for becomes the model's policy
-once it is certified. In the run's folder:
+Prompts are a .json file of {"select": [...], "certify": [...]} (as train/text.py writes; strings, lists of chat
+messages or of token ids), or anything that `adaptive.data.read_texts` reads, of which a quarter selects. Of a
+conversation, all counts up to what the user said last. The first target asked for becomes the model's policy once it
+is certified. In the run's folder:
 
     certificate.json             of the first target; `EarlyExitModel.from_pretrained` takes it
     calibration/<target>.json    one certificate per target
@@ -90,7 +91,7 @@ from adaptive import certify, survey
 from adaptive.calibration import Certificate, needed_prompts, spend
 from adaptive.data import digest, read_texts
 from adaptive.model import EarlyExitModel
-from adaptive.prompts import encode
+from adaptive.prompts import Prompt, encode, read_parts, until_last_question
 from adaptive.runs import put, write_json
 from adaptive.storage import model_digest, save_certificate
 
@@ -98,9 +99,9 @@ from adaptive.storage import model_digest, save_certificate
 def main(config: CalibrationConfig) -> dict[str, Certificate]:
     """Writes and returns the certificates by target; those that were refused are named."""
     folder = Path(config.run) / "calibration"
-    folder.mkdir(parents=True, exist_ok=True)
     model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
     selection, certifying = read_prompts(config)
+    folder.mkdir(parents=True, exist_ok=True)
     put_aside_other(folder, config, model_digest(model), digest(repr((selection, certifying)).encode()))
     found, certificates, refusals = None, {}, []
     for name, risk, budget in targets(config):
@@ -161,15 +162,12 @@ def targets(config: CalibrationConfig) -> list[tuple[str, float | None, float | 
 def read_prompts(config: CalibrationConfig) -> tuple[list, list]:
     """Returns the prompts to select on and, disjoint from them, those to certify on."""
     if config.prompts.endswith(".json"):
-        parts = json.loads(Path(config.prompts).read_text())
-        if missing := {"select", "certify"} - set(parts):
-            raise ValueError(f"`prompts`={config.prompts} lacks {sorted(missing)}; it has {sorted(parts)}")
-        selection, certifying = parts["select"], parts["certify"]
+        selection, certifying = read_parts(config.prompts, "select", "certify")
     else:
-        texts = list(dict.fromkeys(read_texts(config.prompts, render=last_question)))
-        order = np.random.default_rng(config.seed).permutation(len(texts))
-        selection = [texts[i] for i in order[: len(texts) // 4]]
-        certifying = [texts[i] for i in order[len(texts) // 4 :]]
+        found = questions(config.prompts)
+        order = np.random.default_rng(config.seed).permutation(len(found))
+        selection = [found[i] for i in order[: len(found) // 4]]
+        certifying = [found[i] for i in order[len(found) // 4 :]]
     if both := {str(p) for p in selection} & {str(p) for p in certifying}:
         raise ValueError(
             f"{len(both)} prompts are both in `select` and in `certify` of {config.prompts}, such as "
@@ -178,9 +176,18 @@ def read_prompts(config: CalibrationConfig) -> tuple[list, list]:
     return selection, certifying
 
 
-def last_question(messages: list[dict[str, str]]) -> str:
-    """Returns what the user said last."""
-    return next(message["content"] for message in reversed(messages) if message["role"] == "user")
+def questions(source: str) -> list[Prompt]:
+    """Returns the different prompts among texts and conversations, in their order."""
+    conversations: dict[str, Prompt] = {}
+
+    def render(messages: list[dict[str, str]]) -> str:
+        # Texts are all that is read: a conversation passes as its JSON, and is itself again behind it.
+        prompt = until_last_question(messages)
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        conversations[text] = prompt
+        return text
+
+    return [conversations.get(text, text) for text in dict.fromkeys(read_texts(source, render))]
 
 
 def put_aside_other(folder: Path, config: CalibrationConfig, weights: str, prompts: str) -> None:

@@ -10,7 +10,7 @@ distribution that the exits will meet. A model without a template goes on from i
     train.safetensors          rows of prompt and sampled answer; only the answer is labelled
     prompts.json               disjoint prompts to select thresholds on, to certify on, to report on
     local.safetensors          rows of the texts named by `texts`, if any
-    parts/                     finished batches; an interrupted run goes on after the last one
+    parts/KEY/                 finished batches of one model and its settings; an interrupted run takes what is there
 """
 
 import sys
@@ -77,7 +77,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adaptive.config import ExitConfig
-from adaptive.data import load_tokens, read_texts, save_tokens
+from adaptive.data import digest, load_tokens, read_texts, save_tokens
 from adaptive.model import EarlyExitModel
 from adaptive.pretrained import resolve
 from adaptive.prompts import encode, left_pad
@@ -92,19 +92,19 @@ def main(config: TextConfig) -> None:
     if made_with(record, config):
         print(f"{folder} is finished, with this configuration; nothing to do")
         return
-    check_parts(folder / "parts", config)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model))
     model = loaded(config)
+    finished = folder / "parts" / key_of(model, tokenizer, config)
     given = given_prompts(config)
     own = config.train - len(given)
     wanted = own + config.select + config.certify + config.report
-    prompts = given + own_prompts(model, tokenizer, config, folder / "parts", wanted)
+    prompts = given + own_prompts(model, tokenizer, config, finished, wanted)
     shares = np.cumsum([0, config.train, config.select, config.certify, config.report])
     parts = {
         name: prompts[start:end]
         for name, start, end in zip(("train", "select", "certify", "report"), shares[:-1], shares[1:], strict=True)
     }
-    rows = own_answers(model, tokenizer, config, folder / "parts", parts["train"])
+    rows = own_answers(model, tokenizer, config, finished, parts["train"])
     save_tokens(folder / "train.safetensors", rows, {"model": config.model, "seed": config.seed})
     if config.texts:
         local = load_rows(config.texts, config.model, rows["input_ids"].shape[1])
@@ -134,19 +134,24 @@ def given_prompts(config: TextConfig) -> list[str]:
     return texts[: config.train]
 
 
-def check_parts(folder: Path, config: TextConfig) -> None:
-    """Forgets the parts of an interrupted run that had another configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "config.json"
-    if not made_with(record, config):
-        for path in folder.iterdir():
-            path.unlink()
-        write_json(record, asdict(config))
+def key_of(model: EarlyExitModel, tokenizer, config: TextConfig) -> str:
+    """Returns what finished batches are kept under: a digest of all that decides them but the prompts answered."""
+    sizes = config.batch_size, config.prompt_tokens, config.answer_tokens, config.temperature, config.seed
+    return short(digest(model.view.inner.state_dict()), opening_of(tokenizer), sizes)
+
+
+def short(*values) -> str:
+    """Returns a digest of plain values for the name of a file."""
+    return digest(repr(values).encode())[:16]
 
 
 def made_with(record: Path, config: TextConfig) -> bool:
-    """Returns whether a file holds this configuration; fields that it is too old to have were at their defaults."""
-    return record.exists() and asdict(TextConfig(config.output)) | json.loads(record.read_text()) == asdict(config)
+    """Returns whether a file holds this configuration, wherever its folder was then; fields that it is too old to have
+    were at their defaults."""
+    if not record.exists():
+        return False
+    then = asdict(TextConfig(config.output)) | json.loads(record.read_text())
+    return then | {"output": config.output} == asdict(config)
 
 
 def loaded(config: TextConfig) -> EarlyExitModel:
@@ -212,8 +217,8 @@ def own_answers(model: EarlyExitModel, tokenizer, config: TextConfig, folder: Pa
     batches = range(0, len(encoded), config.batch_size)
     pieces = []
     for start in tqdm(batches, desc="answers", unit="batch"):
-        path = folder / f"answers-{start}.safetensors"
         chunk = encoded[start : start + config.batch_size]
+        path = folder / f"answers-{start}-{short(chunk)}.safetensors"
         if not path.exists():
             answers = sample(
                 model, tokenizer, chunk, config.answer_tokens, config.temperature, seed=seed_of(config, 1, start)
