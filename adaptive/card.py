@@ -100,8 +100,8 @@ for token in runtime.generate("Once upon a time", max_new_tokens=64):
     print(token.text, end="", flush=True)  # token.depth, token.score
 ```
 
-`--policy certified` is the default, `full` never leaves early, `budget=0.8` spends at most that share of the full
-depth's FLOPs and promises nothing. Every file's digest is checked when the folder is loaded.
+`--policy certified` is the default, `full` never leaves early, `budget=0.8` spends about that share of the full depth's
+FLOPs, on prompts like those surveyed, and promises nothing. Every file's digest is checked when the folder is loaded.
 
 ## What is guaranteed
 

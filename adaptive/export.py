@@ -17,10 +17,10 @@ PARSER = argparse.ArgumentParser(
     prog="python -m adaptive.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 PARSER.add_argument("run", help="folder of a trained model")
-PARSER.add_argument("out", help="folder to write; must not hold anything else")
+PARSER.add_argument("out", help="folder to write; must not hold anything that was not exported")
 PARSER.add_argument("--precision", choices=sorted(PRECISIONS), default="int4", help="of the weights; int4")
 PARSER.add_argument("--prompts", help='.json file of {"select": [...], "certify": [...]} to calibrate on')
-PARSER.add_argument("--certify", type=int, metavar="N", help="certify on the first N of these prompts; all")
+PARSER.add_argument("--certify", type=int, metavar="N", help="certify on the first N of these, at least 1; all")
 PARSER.add_argument("--risk", type=float, help="largest expected harm per token")
 PARSER.add_argument("--budget", type=float, help="FLOPs relative to full depth, instead of a risk")
 PARSER.add_argument("--max-new-tokens", type=int, help="length of the answers vouched for")
@@ -34,29 +34,28 @@ import logging
 import os
 import re
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from adaptive import __version__, recipes
 from adaptive.card import folder_card
 from adaptive.certify import load_tokenizer
-from adaptive.policy import ExitPolicy
-from adaptive.prompts import encode
-from adaptive.sealed import MANIFEST, seal, unseal
+from adaptive.sealed import MANIFEST, foreign, seal
 from adaptive.storage import model_digest
+from adaptive.texts import Chat
 
 logger = logging.getLogger(__name__)
 SOURCES = ("policy", "costs", "sealed", "texts", "memory", "session", "runtime", "run")  # what the folder runs on
 BYTES = {"fp32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}  # of a weight, its share of scales included
 # Least correlation of the exported logits with torch's. It tells a graph that is wired wrongly, not a coarse one.
 ALIKE = {"fp32": 0.9999, "int8": 0.98, "int4": 0.2}
+MARKS = [("system", "\x01s"), ("user", "\x01u"), ("assistant", "\x01a"), ("user", "\x01v")]
+TALKS = [MARKS, MARKS[1:], MARKS[1:2], [("user", " <é> \n"), ("assistant", " b\n"), ("user", "c 'd'")]]
 
 
 def export(model, out: str | Path, precision: str = "int4", tokenizer=None, calibrate: dict | None = None) -> Path:
@@ -64,7 +63,8 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
 
     Args:
         model: the `EarlyExitModel`.
-        out: folder to write; a folder exported earlier is replaced when the new one is complete.
+        out: folder to write; a folder exported earlier, in which nothing else lies, is replaced when the new one is
+            complete.
         precision: of the weights: fp32, int8 or int4. Norms and gates stay in float32.
         tokenizer: of the backbone; loaded from its folder if None.
         calibrate: arguments of `adaptive.calibrate` (`prompts`, `risk`, `selection`, ...) to certify the exported
@@ -84,7 +84,7 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
 
         record = Writer(model, fresh, PRECISIONS[precision]).write()
         record |= _describe(model, precision, tokenizer, record["exits"])
-        tokenizer.backend_tokenizer.save(str(fresh / "tokenizer.json"))
+        _write_tokenizer(tokenizer, fresh / "tokenizer.json")
         _write_sources(fresh)
         record |= {"certificate": None, "frontier": []}
         _finish(fresh, record)
@@ -104,7 +104,10 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
             if old.exists():
                 os.replace(old, out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not _theirs(old):
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            logger.warning("what came into '%s' during the export and is not of it is now in '%s'", out, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return out
@@ -114,8 +117,9 @@ def _check(model, out: Path, precision: str) -> None:
     problems = []
     if precision not in PRECISIONS:
         problems.append(f"`precision`={precision!r} is not one of {', '.join(PRECISIONS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / MANIFEST).exists()):
-        problems.append(f"'{out}' holds something that was not exported; choose another folder")
+    if out.exists() and (theirs := _theirs(out)):
+        few = ", ".join(theirs[:5])
+        problems.append(f"'{out}' holds something that was not exported ({few}); move it, or choose another folder")
     try:
         recipes.require_known(model.view.config)
     except ValueError as error:
@@ -124,6 +128,19 @@ def _check(model, out: Path, precision: str) -> None:
         problems.append(f"{' and '.join(missing)} not installed; pip install 'adaptive-exits[export]'")
     if problems:
         raise ValueError("export: " + "; ".join(problems))
+
+
+def _theirs(out: Path) -> list[str]:
+    """Returns the names of what was not exported in a folder that may have been: all, where no manifest says."""
+    if not out.is_dir():
+        return [out.name]
+    try:
+        record = json.loads((out / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        record = None
+    if isinstance(record, dict) and {"sha256", "format", "files"} <= set(record):  # of any format, damaged ones too
+        return foreign(out, record["files"])
+    return sorted(path.name for path in out.iterdir())
 
 
 def _installed(name: str) -> bool:
@@ -154,46 +171,72 @@ def _describe(model, precision: str, tokenizer, entries: list[dict]) -> dict:
 
 
 def chat_template(tokenizer) -> dict | None:
-    """Returns a tokenizer's chat template as `texts.Chat` renders it.
+    """Returns a tokenizer's chat template as `texts.Chat` renders it; None if it has none, or one that `Chat` cannot.
 
     What it writes around each role is read off a rendered conversation. Where conversations put together from these
-    pieces are not what the template writes, the template itself is kept, and the runtime needs jinja2.
+    pieces are not what the template writes, or it asks for the date, the template itself is kept, and the runtime needs
+    jinja2.
     """
     if tokenizer.chat_template is None:
         return None
 
     def render(*messages: tuple[str, str], answer: bool = True) -> str:
-        talk = [{"role": role, "content": content} for role, content in messages]
-        return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=answer)
+        return tokenizer.apply_chat_template(_talk(messages), tokenize=False, add_generation_prompt=answer)
 
-    from adaptive.texts import Chat
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:  # pieces would say forever what day it was exported
+        try:
+            pieces = _pieces(render)
+            if _fault(pieces, render) is None:
+                return pieces
+        except Exception:  # templates raise what they like: no system role, say
+            pass
+    whole = {**tokenizer.special_tokens_map, "jinja": template}
+    if fault := _fault(whole, render):
+        logger.warning("exported without chat, as its template needs transformers: %s", fault)
+        return None
+    return whole
 
-    whole = {"jinja": tokenizer.chat_template, "bos_token": tokenizer.bos_token or "",
-             "eos_token": tokenizer.eos_token or ""}  # fmt: skip
-    marks = [("system", "\x01s"), ("user", "\x01u"), ("assistant", "\x01a"), ("user", "\x01v")]
-    try:
-        text = render(*marks, answer=False)
-        place = [text.index(content) for _, content in marks]
-        end_user = _common(text[place[1] + 2 :], text[place[3] + 2 :])
-        before_user = text[: place[3]][-_common_end(text[: place[1]], text[: place[3]]) :]
-        pieces = {
-            "roles": {
-                "system": [text[: place[0]], text[place[0] + 2 : place[1] - len(before_user)]],
-                "user": [before_user, end_user],
-                "assistant": [text[place[1] + 2 + len(end_user) : place[2]],
-                              text[place[2] + 2 : place[3] - len(before_user)]],
-            },
-            "answer": render(*marks).removeprefix(text),
-        }  # fmt: skip
-        pieces["start"] = render(("user", "\x01u")).removesuffix(before_user + "\x01u" + end_user + pieces["answer"])
-        talks = [marks, marks[1:], marks[1:2], [("user", " a \n"), ("assistant", " b\n"), ("user", "c d")]]
-        for talk in talks:
-            messages = [{"role": role, "content": content} for role, content in talk]
-            if Chat(pieces).render(messages) != render(*talk):
-                return whole
-    except Exception:  # templates raise what they like: no system role, say
-        return whole
-    return pieces
+
+def _talk(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def _pieces(render: Callable) -> dict:
+    """Returns what a template writes around the messages of each role, if it depends on nothing else."""
+    text = render(*MARKS, answer=False)
+    place = [text.index(content) for _, content in MARKS]
+    end_user = _common(text[place[1] + 2 :], text[place[3] + 2 :])
+    before_user = text[: place[3]][-_common_end(text[: place[1]], text[: place[3]]) :]
+    pieces = {
+        "roles": {
+            "system": [text[: place[0]], text[place[0] + 2 : place[1] - len(before_user)]],
+            "user": [before_user, end_user],
+            "assistant": [text[place[1] + 2 + len(end_user) : place[2]],
+                          text[place[2] + 2 : place[3] - len(before_user)]],
+        },
+        "answer": render(*MARKS).removeprefix(text),
+    }  # fmt: skip
+    start = render(MARKS[1]).removesuffix(before_user + MARKS[1][1] + end_user + pieces["answer"])
+    return {**pieces, "start": start}
+
+
+def _fault(template: dict, render: Callable) -> str | None:
+    """Returns in what `Chat` differs from the tokenizer on the conversations that the latter renders, or None."""
+    rendered = 0
+    for talk in TALKS:
+        try:
+            theirs = render(*talk)
+        except Exception:
+            continue
+        try:
+            ours = Chat(template).render(_talk(talk))
+        except ValueError as error:
+            return str(error)
+        if ours != theirs:
+            return f"{ours!r} is written for {theirs!r}"
+        rendered += 1
+    return None if rendered else "it renders nothing"
 
 
 def _common(a: str, b: str) -> str:
@@ -202,6 +245,14 @@ def _common(a: str, b: str) -> str:
 
 def _common_end(a: str, b: str) -> int:
     return len(os.path.commonprefix([a[::-1], b[::-1]]))
+
+
+def _write_tokenizer(tokenizer, path: Path) -> None:
+    """Writes a tokenizer that gives all of a text and nothing else, whatever training had it cut off and padded to."""
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.no_truncation()
+    inner.no_padding()
+    inner.save(str(path))
 
 
 def _write_sources(folder: Path) -> None:
@@ -216,7 +267,7 @@ def _finish(folder: Path, record: dict) -> None:
     """Writes the card and the requirements, and seals the folder."""
     record = json.loads(json.dumps(record, allow_nan=False))
     needs = ["numpy>=2", f"onnxruntime>={record['versions']['onnxruntime']}", "tokenizers"]
-    needs += ["jinja2", "markupsafe"] if record["chat"] and "jinja" in record["chat"] else []
+    needs += ["jinja2>=3.1.6", "markupsafe"] if record["chat"] and "jinja" in record["chat"] else []
     (folder / "requirements.txt").write_text("\n".join(needs) + "\n")
     size = sum(path.stat().st_size for path in folder.iterdir())
     (folder / "README.md").write_text(folder_card(record, size))
@@ -250,6 +301,11 @@ def main(args: argparse.Namespace) -> None:
     """Runs the command line."""
     from adaptive.model import EarlyExitModel
 
+    if args.certify is not None and args.certify < 1:
+        raise ValueError(f"--certify {args.certify}: certify on at least 1 prompt, or leave it out for all of them")
+    flags = (args.certify, args.risk, args.budget, args.max_new_tokens)
+    if args.prompts is None and any(flag is not None for flag in flags):
+        raise ValueError("--certify, --risk, --budget and --max-new-tokens are for calibrating: give --prompts, too")
     model = EarlyExitModel.from_pretrained(args.run)
     calibrate = None
     if args.prompts is not None:
@@ -259,65 +315,13 @@ def main(args: argparse.Namespace) -> None:
         calibrate = {"prompts": parts["certify"][: args.certify], "selection": parts["select"]} | _asked(
             model.certificate, args
         )
-    elif args.risk is not None or args.budget is not None or args.max_new_tokens is not None:
-        raise ValueError("--risk, --budget and --max-new-tokens are for calibrating: give --prompts, too")
     out = export(model, args.out, args.precision, calibrate=calibrate)
     print(f"wrote {out}" + ("" if calibrate else ", not certified: no --prompts"))
     if calibrate is not None:
+        from adaptive.folder import beside
+
         asked = [prompt for prompt in parts.get("report") or parts["certify"] if isinstance(prompt, str)]
         print(beside(model, out, asked[:4], calibrate.get("max_new_tokens", 64)) if asked else "")
-
-
-def beside(model, out: Path, prompts: list[str], new: int) -> str:
-    """Returns a Markdown table of the model and its folder: size, decoding speed at batch 1, certified harm.
-
-    Args:
-        model: the `EarlyExitModel`, as torch runs it.
-        out: the folder, run as its users run it: in a process of its own.
-        prompts: what a user says; every way to generate answers each in turn.
-        new: most tokens of an answer.
-    """
-    threads, tokenizer = torch.get_num_threads(), load_tokenizer(model)
-    chat = ["--chat"] if tokenizer.chat_template is not None else []
-    words = [
-        sys.executable,
-        str(out / "run.py"),
-        "--json",
-        "--max-new-tokens",
-        str(new),
-        "--threads",
-        str(threads),
-        *chat,
-    ]
-
-    def in_torch(prompt: str, policy) -> float:
-        """Returns tokens per second behind the first."""
-        ids, seconds = torch.tensor(encode([prompt], tokenizer), device=model.device), []
-        for count in (1, new):
-            began = time.perf_counter()
-            made = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, policy=policy)
-            seconds.append(time.perf_counter() - began)
-        return (made.shape[1] - ids.shape[1] - 1) / (seconds[1] - seconds[0])
-
-    def in_folder(prompt: str, policy: str) -> float:
-        done = subprocess.run([*words, "--policy", policy, prompt], capture_output=True, text=True, check=True)
-        return json.loads(done.stdout).get("tokens_per_second", 0.0)
-
-    record, torchs = unseal(out), sum(tensor.nbytes for tensor in model.state_dict().values())
-    size, full = sum(path.stat().st_size for path in out.iterdir() if path.is_file()), ExitPolicy.full(model.num_exits)
-    theirs, ours = model.certificate, record["certificate"]
-    ways = {
-        "torch, full depth": (torchs, None, lambda prompt: in_torch(prompt, full)),
-        "torch, its policy": (torchs, theirs and theirs.certified, lambda prompt: in_torch(prompt, model.policy)),
-        "folder, full depth": (size, None, lambda prompt: in_folder(prompt, "full")),
-        "folder, certified": (size, ours and ours["certified"], lambda prompt: in_folder(prompt, "certified")),
-    }
-    speeds = [[way[2](prompt) for way in ways.values()] for prompt in prompts]
-    lines = ["| | MB | tokens/s | certified harm |", "| --- | --- | --- | --- |"]
-    for (name, (megabytes, harm, _)), found in zip(ways.items(), zip(*speeds)):
-        bound = "-" if harm is None else f"{harm:.4f}"
-        lines.append(f"| {name} | {megabytes / 1e6:.0f} | {statistics.median(found):.1f} | {bound} |")
-    return "\n".join([*lines, "", f"decoding at batch 1, {threads} threads, median of {len(prompts)} prompts"])
 
 
 def _asked(certificate, args) -> dict:

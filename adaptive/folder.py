@@ -1,11 +1,17 @@
-"""An exported folder in the place of a model, for `calibrate`: prompts, answers and judge on its own graphs."""
+"""An exported folder in the place of a model, for `calibrate`: prompts, answers and judge on its own graphs; and beside
+the model that it came from."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import math
 import os
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,11 +24,12 @@ from torch import Tensor
 
 from adaptive import ranking
 from adaptive.calibration import Certificate
-from adaptive.certify import calibrate
+from adaptive.certify import calibrate, load_tokenizer
 from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import encode
 from adaptive.runtime import Runtime, Token
+from adaptive.sealed import unseal
 from adaptive.session import Session
 from adaptive.survey import Survey, survey
 
@@ -134,13 +141,23 @@ def certified(model, path: Path, tokenizer, settings: dict) -> dict:
         path: the folder.
         tokenizer: of the backbone.
         settings: arguments of `calibrate`.
+
+    Raises:
+        ValueError: prompts that the folder would refuse; see `calibrate` for others.
     """
     folder, settings = Folder(path), dict(settings)
-    prompts, chosen = settings.pop("prompts"), settings.pop("selection", None)
-    if chosen is not None and not isinstance(chosen, Survey):
-        length = settings.get("max_new_tokens", 64)
-        chosen = survey(folder, encode(chosen, tokenizer), length, settings.get("batch_size", 32))
-    found = calibrate(folder, prompts, selection=chosen, tokenizer=tokenizer, **settings)
+    prompts, chosen = encode(settings.pop("prompts"), tokenizer), settings.pop("selection", None)
+    length, limit = settings.get("max_new_tokens", 64), folder.runtime.manifest["max_context"] or math.inf
+    asks = chosen is not None and not isinstance(chosen, Survey)
+    choosing = encode(chosen, tokenizer) if asks else []
+    if long := sum(len(prompt) + length > limit for prompt in [*prompts, *choosing]):
+        raise ValueError(
+            f"export: {long} of {len(prompts) + len(choosing)} prompts and {length} new tokens do not fit the context "
+            f"of {limit}, so the folder would not answer them; leave them out or lower max_new_tokens"
+        )
+    if asks:
+        chosen = survey(folder, choosing, length, settings.get("batch_size", 32))
+    found = calibrate(folder, prompts, selection=chosen, **settings)
     found.versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
     if found.kind == "risk" and found.saved <= 0:
         logger.warning("gates and heads would take longer than leaving saves: the certified policy never leaves")
@@ -155,3 +172,48 @@ def certified(model, path: Path, tokenizer, settings: dict) -> dict:
             cost = float(point.cost / chosen.full_cost)
             frontier.append({"cost": cost, "harm": float(point.harm), "thresholds": cuts})
     return {"certificate": values, "frontier": frontier}
+
+
+def beside(model, out: Path, prompts: list[str], new: int) -> str:
+    """Returns a Markdown table of the model and its folder: size, decoding speed at batch 1, certified harm.
+
+    Args:
+        model: the `EarlyExitModel`, as torch runs it.
+        out: the folder, run as its users run it: in a process of its own.
+        prompts: what a user says; every way to generate answers each in turn.
+        new: most tokens of an answer.
+    """
+    record, threads, tokenizer = unseal(out), torch.get_num_threads(), load_tokenizer(model)
+    words = [sys.executable, str(out / "run.py"), "-", *["--chat"] * bool(record["chat"]), "--json"]
+    words += ["--max-new-tokens", str(new), "--threads", str(threads)]
+
+    def in_torch(prompt: str, policy) -> float:
+        """Returns tokens per second behind the first."""
+        ids, seconds = torch.tensor(encode([prompt], tokenizer), device=model.device), []
+        for count in (1, new):
+            began = time.perf_counter()
+            made = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, policy=policy)
+            seconds.append(time.perf_counter() - began)
+        return (made.shape[1] - ids.shape[1] - 1) / (seconds[1] - seconds[0])
+
+    def in_folder(prompt: str, policy: str) -> float:
+        environment = {**os.environ, "PYTHONUTF8": "1"}
+        done = subprocess.run([*words, "--policy", policy], input=prompt.encode(), stdout=subprocess.PIPE, check=True,
+                              env=environment)  # fmt: skip
+        return json.loads(done.stdout).get("tokens_per_second", 0.0)
+
+    torchs = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size, full = sum(path.stat().st_size for path in out.iterdir() if path.is_file()), ExitPolicy.full(model.num_exits)
+    theirs, ours = model.certificate, record["certificate"]
+    ways = {
+        "torch, full depth": (torchs, None, lambda prompt: in_torch(prompt, full)),
+        "torch, its policy": (torchs, theirs and theirs.certified, lambda prompt: in_torch(prompt, model.policy)),
+        "folder, full depth": (size, None, lambda prompt: in_folder(prompt, "full")),
+        "folder, certified": (size, ours and ours["certified"], lambda prompt: in_folder(prompt, "certified")),
+    }
+    speeds = [[way[2](prompt) for way in ways.values()] for prompt in prompts]
+    lines = ["| | MB | tokens/s | certified harm |", "| --- | --- | --- | --- |"]
+    for (name, (megabytes, harm, _)), found in zip(ways.items(), zip(*speeds)):
+        bound = "-" if harm is None else f"{harm:.4f}"
+        lines.append(f"| {name} | {megabytes / 1e6:.0f} | {statistics.median(found):.1f} | {bound} |")
+    return "\n".join([*lines, "", f"decoding at batch 1, {threads} threads, median of {len(prompts)} prompts"])

@@ -85,7 +85,7 @@ def _huge() -> int:
 
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text("utf-8", "surrogateescape")  # names of mapped files are any bytes
     except OSError:  # another system
         return ""
 

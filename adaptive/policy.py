@@ -111,6 +111,14 @@ class BudgetPolicy(ExitPolicy):
 
     mean_depth: float = math.inf
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.mean_depth > 0 or self.mean_depth < math.inf and set(self.thresholds) <= {math.inf}:
+            raise ValueError(
+                f"`mean_depth`={self.mean_depth}, `thresholds`={list(self.thresholds)}: give a mean depth above 0, and "
+                "where it is finite a finite threshold for at least one exit, or nobody could keep to it"
+            )
+
     def leaves(self, exit: int, scores: np.ndarray, progress: Progress) -> np.ndarray:
         """Returns which of `scores` [rows] let their token out at `exit`, [rows] bool.
 

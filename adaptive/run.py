@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,10 @@ PARSER.add_argument("prompt", nargs="?", help="text to continue; - reads it from
 PARSER.add_argument("--chat", action="store_true", help="the prompt is what a user says")
 PARSER.add_argument("--system", help="what the system message says, with --chat")
 PARSER.add_argument("--folder", default=str(Path(__file__).resolve().parent), help="exported folder; default: this one")
-PARSER.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of an answer; 128")
+PARSER.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer; as certified, or 128")
 PARSER.add_argument("--threads", type=int, metavar="N", help="threads that compute; default: the cores there are")
-PARSER.add_argument("--policy", default="certified", help="full, certified (default) or budget=SHARE of the FLOPs")
+PARSER.add_argument("--policy", default="certified", help="full, certified (default), or budget=SHARE: about that "
+                    "share of the FLOPs, on prompts like those surveyed")  # fmt: skip
 PARSER.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is certified")
 PARSER.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the probability; 1")
 PARSER.add_argument("--seed", type=int, help="of sampling")
@@ -36,12 +38,20 @@ def main(argv: list[str] | None = None) -> int:
         PARSER.error("give a prompt, or --chat without --json for a conversation")
     if args.threads is not None and args.threads < 1:
         PARSER.error(f"--threads {args.threads}: it must be at least 1")
-    from adaptive.runtime import Runtime
+    if args.system is not None and not args.chat:
+        PARSER.error("--system is for --chat: give that, too")
+    if sys.stdin is None and args.prompt in (None, "-"):
+        PARSER.error("standard input is closed; give the prompt itself")
+    from adaptive.sealed import read
 
     try:
+        read(Path(args.folder))  # before numpy is imported, as one may have come into the folder
+        from adaptive.runtime import Runtime
+
         began = time.perf_counter()
         runtime = Runtime.load(args.folder, args.threads)
         loaded = time.perf_counter() - began
+        settle(args, runtime.manifest["certificate"])
         if args.prompt is None:
             return talk(runtime, args)
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -52,7 +62,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141
     return 0
+
+
+def settle(args, certificate: dict | None) -> None:
+    """Fills in what the command line leaves to the certificate, and says where it asks for more than that."""
+    if args.policy == "certified" and certificate is None:
+        args.policy = "full"
+    most = 128 if certificate is None else certificate["max_new_tokens"]
+    if args.max_new_tokens is None:
+        args.max_new_tokens = most
+    elif args.policy == "certified" and args.max_new_tokens > most:
+        print(f"note: certified are answers of up to {most} tokens, not {args.max_new_tokens}", file=sys.stderr)
 
 
 def first_messages(args, prompt: str) -> list[dict[str, str]]:
@@ -68,7 +92,7 @@ def talk(runtime, args) -> int:
         print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
-            print()
+            print(flush=True)
             return 0
         if line.strip():
             messages += first_messages(args, line.strip())[bool(messages) and bool(args.system) :]
@@ -89,9 +113,9 @@ def answer(runtime, asked, args, loaded: float | None) -> str:
     found = stats(runtime, tokens, len(ids), first, time.perf_counter() - began) if args.stats or args.json else {}
     if args.json:
         found |= {"load_seconds": loaded, "policy": args.policy, "ids": [token.id for token in tokens]}
-        print(json.dumps({"text": text, **found}))
+        print(json.dumps({"text": text, **found}), flush=True)
     else:
-        print()
+        print(flush=True)
         if args.stats:
             print(report(found), file=sys.stderr)
     return text

@@ -4,7 +4,9 @@
     for token in runtime.generate("Once upon a time", max_new_tokens=64):
         print(token.text, end="", flush=True)
 
-Nothing in the folder is executed: graphs, arrays and a manifest are read, and every file's digest is checked first. One
+`Runtime.load` executes nothing that lies in the folder: graphs, arrays and a manifest are read, every file's digest is
+checked first, and what Python could import from there and was not exported is refused. Who runs or imports the folder's
+own .py files, of which this may be one, trusts whoever wrote it, and its `__pycache__`, which nobody checks. One
 `Runtime` may be used by many threads at once; each generation is a `Session` with keys and values of its own.
 """
 
@@ -133,7 +135,7 @@ class Runtime:
                 ask for, and other onnxruntime sessions made later must, too (`use_per_session_threads = False`).
 
         Raises:
-            ValueError: a file that is missing or was changed, another format.
+            ValueError: a file that is missing or was changed, foreign code beside them, another format.
         """
         folder, threads = Path(folder).resolve(), threads or _cores()
         manifest = unseal(folder)
@@ -151,8 +153,9 @@ class Runtime:
         """Returns a policy by name.
 
         Args:
-            policy: "certified" (the certificate's; full depth if there is none), "full", "budget=0.8" (of the full
-                depth's FLOPs; the least harm that the survey promises, not certified), thresholds, or a policy.
+            policy: "certified" (the certificate's; full depth if there is none), "full", "budget=0.8" (about that share
+                of the full depth's FLOPs on prompts like those surveyed, at the least harm that the survey promises;
+                not certified), thresholds, or a policy.
 
         Raises:
             ValueError: another name, thresholds that do not fit the exits, a budget that no exit keeps.

@@ -1,7 +1,8 @@
 """The manifest of an exported folder, sealed: a digest of itself, and of every file that it names.
 
 The first line of `manifest.json` holds the sha256 of all bytes behind it; those hold the sha256 of every other file.
-Whatever was truncated, swapped or edited is found before it is used.
+Whatever was truncated, swapped or edited is found before it is used, and so is what came to lie beside it and could be
+imported in place of a library. This tells damage, not deceit: whoever can write to the folder can write a manifest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
+from importlib.machinery import all_suffixes
 from pathlib import Path
 
 MANIFEST, FORMAT = "manifest.json", 3
@@ -30,7 +33,18 @@ def unseal(folder: Path) -> dict:
     """Returns the manifest of a folder all of whose files are as they were written.
 
     Raises:
-        ValueError: no manifest, one that was changed or is of another format, files that are missing or were changed.
+        ValueError: see `read`; files that are missing or were changed.
+    """
+    record = read(folder)
+    check(folder, record["files"])
+    return record
+
+
+def read(folder: Path) -> dict:
+    """Returns the manifest of a folder, whose files are not read.
+
+    Raises:
+        ValueError: no manifest, one that was changed or is of another format, foreign files that Python could import.
     """
     path = folder / MANIFEST
     try:
@@ -50,8 +64,23 @@ def unseal(folder: Path) -> dict:
             f"'{path}' has format {record['format']}, this runtime reads {FORMAT}; use the runtime.py that lies in "
             "the folder"
         )
-    check(folder, record["files"])
+    if code := [name for name in foreign(folder, record["files"]) if _importable(folder / name)]:
+        raise ValueError(
+            f"'{folder}' holds {', '.join(code)}, which the export did not write and Python could import from there; "
+            "move that elsewhere"
+        )
     return record
+
+
+def foreign(folder: Path, files: Iterable[str]) -> list[str]:
+    """Returns the names of what lies in a folder and is none of its `files`, nor the manifest, nor Python's cache."""
+    return sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST, "__pycache__"})
+
+
+def _importable(path: Path) -> bool:
+    """Returns whether a path is a module, or a package that would hide an installed one."""
+    names = (inner.name for inner in path.glob("__init__.*")) if path.is_dir() else [path.name]
+    return any(name.endswith(tuple(all_suffixes())) for name in names)
 
 
 def check(folder: Path, files: dict[str, str]) -> None:

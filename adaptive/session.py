@@ -9,6 +9,7 @@ import numpy as np
 from onnxruntime import OrtValue
 
 from adaptive.memory import forget, give_back
+from adaptive.policy import Progress
 
 SAMPLED = 16  # one score of so many says where the highest ones begin
 AT_ONCE = 128  # rows of the vocabulary: a CPU's cache holds them
@@ -50,8 +51,9 @@ class Step:
         if temperature == 0:
             return best(self.logits, self.ids)
         order = np.argsort(-self.logits, kind="stable") if top_p < 1 else np.arange(len(self.logits))
-        scaled = self.logits[order].astype(np.float64) / temperature
-        mass = np.exp(scaled - scaled.max()).cumsum()
+        below = self.logits[order].astype(np.float64) - self.logits.max()
+        with np.errstate(over="ignore"):  # -inf, the highest one's 0 excepted, is what a tiny temperature means
+            mass = np.exp(below / temperature).cumsum()
         if top_p < 1:
             mass = mass[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
         drawn = int(order[np.searchsorted(mass, generator.random() * mass[-1], side="right")])
@@ -115,6 +117,7 @@ class Session:
         self.kept = {index: np.zeros((room, hidden), np.float32)
                      for index, exit in enumerate(self.exits) if exit["slot"] is not None}  # fmt: skip
         self.frontier = dict.fromkeys(self.kept, 0)
+        self.progress = Progress((*self.depths, self.manifest["layers"]), np.zeros(1, int), np.zeros(1, int))
 
     def prefill(self, ids, keep: bool = True) -> np.ndarray | None:
         """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm, to `keep`."""
@@ -176,16 +179,22 @@ class Session:
             before = state
             if probe:
                 step.said.append(best(*found))
-            elif policy.leaves(index, step.scores[index]):
+            elif policy.leaves(index, np.array([step.scores[index]]), self.progress):
                 step.logits, step.ids = found or self._head(index, step)
                 step.taken = index
                 if not ran:
                     self._skip(index, state)
-                return step
+                return self._counted(step)
         if not ran:
             self._advance(done, len(self.manifest["segments"]))
         normed = self.bound[f"segment_{len(self.manifest['segments']) - 1}"][3]["normed"]
         step.logits = self._run("vocabulary", normed=normed)["logits"].reshape(-1)
+        return self._counted(step)
+
+    def _counted(self, step: Step) -> Step:
+        """Returns the step, noted for policies that look back."""
+        self.progress.tokens[0] += 1
+        self.progress.blocks[0] += self.progress.depths[step.taken]
         return step
 
     def _head(self, index: int, step: Step) -> tuple[np.ndarray, np.ndarray | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from adaptive.memory import give_back
@@ -16,9 +18,9 @@ class Chat:
     """Renders chat messages.
 
     Args:
-        template: None, {"jinja": text}, or, where what a template writes does not depend on more than the role,
-            {"start": before a first message that is not the system's, "roles": {role: [before, after]},
-            "answer": before the answer}.
+        template: None, {"jinja": text, and the special tokens by name}, or, where what a template writes does not
+            depend on more than the role, {"start": before a first message that is not the system's, "roles": {role:
+            [before, after]}, "answer": before the answer}.
     """
 
     def __init__(self, template: dict | None):
@@ -28,7 +30,7 @@ class Chat:
         """Returns the text of a conversation, up to where the answer begins.
 
         Raises:
-            ValueError: no messages, unknown roles, a model without a chat template.
+            ValueError: no messages, unknown roles, a model without a chat template, a template that fails.
         """
         if self.template is None:
             raise ValueError("this model has no chat template; use generate")
@@ -49,19 +51,44 @@ class Chat:
 
     def _jinja(self, messages) -> str:
         try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            environment = _environment()
         except ImportError:
             raise ValueError("this model's chat template needs jinja2: pip install jinja2, or use generate") from None
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        values = {name: self.template.get(name, "") for name in ("bos_token", "eos_token")}
-        template = environment.from_string(self.template["jinja"])
-        return template.render(messages=list(messages), add_generation_prompt=True, **values)
+        values = {name: value for name, value in self.template.items() if name != "jinja"}
+        values |= {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            return environment.from_string(self.template["jinja"]).render(values)
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template fails on this conversation ({error}); use generate") from None
 
 
-def _refuse(message: str):
-    """What templates call where a conversation does not suit them."""
-    raise ValueError(f"the chat template refuses this conversation: {message}")
+def _environment():
+    """Returns what templates are rendered in: what transformers gives them, they have here."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}, which marks answers for training."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            """Returns what the tag encloses."""
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    def as_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # jinja2's own escapes HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = as_json
+    made.globals |= {"raise_exception": refuse, "strftime_now": lambda style: datetime.now().strftime(style)}
+    return made
 
 
 class Texts:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 import adaptive.folder  # noqa: E402
 from adaptive import outcomes, parts, session  # noqa: E402
 from adaptive.config import ExitConfig  # noqa: E402
-from adaptive.export import chat_template, export  # noqa: E402
+from adaptive.export import PARSER, chat_template, export, main  # noqa: E402
 from adaptive.folder import Folder  # noqa: E402
 from adaptive.model import EarlyExitModel  # noqa: E402
 from adaptive.policy import ExitPolicy  # noqa: E402
@@ -258,3 +258,42 @@ def test_chat_templates_are_taken_apart_or_kept():
     assert "jinja" in kept and "c" in Chat(kept).render(talk)
     with pytest.raises(ValueError, match="roles among"):
         Chat(pieces).render([{"role": "robot", "content": "beep"}])
+
+
+FULL = (  # of what transformers offers to templates
+    "{{ bos_token }}{{ strftime_now('%Y') }}{% if tools is not none %}tools{% endif %}"
+    "{% for message in messages %}{% if loop.index > 3 %}{% break %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message | tojson }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | tojson(indent=1) }}{% endif %}{% endfor %}"
+)
+
+
+def test_kept_chat_templates_write_what_transformers_writes(monkeypatch, caplog):
+    words, talk = tokenizer(), [{"role": "user", "content": "<é> & 'x'"}, {"role": "assistant", "content": '"<b>"'}]
+    words.bos_token = "w1"
+    for template in (FULL, CHATML.replace("{% for", "{{ strftime_now('%Y') }}{% for")):  # the latter could be pieces
+        words.chat_template = {"default": template, "other": ""}
+        kept = chat_template(words)
+        assert kept == {"jinja": template, "bos_token": "w1"}
+        theirs = words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        assert Chat(kept).render(talk) == theirs
+    for wrong, said in (("{{ 1 + 'a' }}", "unsupported operand"), ("{{ raise_exception('no') }}", "no"), ("{%", "tag")):
+        with pytest.raises(ValueError, match=f"the chat template fails on this conversation .*{said}"):
+            Chat({"jinja": wrong}).render(talk)
+    words.chat_template = "{{ raise_exception('no') }}"
+    assert chat_template(words) is None and "renders nothing" in caplog.text
+    words.chat_template = FULL
+    monkeypatch.setattr(Chat, "_jinja", lambda self, messages: "another text")
+    assert chat_template(words) is None and "'another text' is written for" in caplog.text
+
+
+def test_the_command_line_counts_prompts(tmp_path):
+    (tmp_path / "prompts.json").write_text('{"select": ["a"], "certify": ["b", "c"]}')
+    asked = ["nowhere", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.json")]
+    for words, said in (
+        ([*asked, "--certify", "-3"], "--certify -3: certify on at least 1 prompt"),
+        ([*asked, "--certify", "0"], "--certify 0"),
+        ([*asked[:2], "--certify", "3"], "give --prompts, too"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            main(PARSER.parse_args(words))

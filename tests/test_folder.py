@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -13,21 +14,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import VOCAB
-from test_export import made, prompt, tokenizer
+from test_export import compare, made, prompt, tokenizer
 
 from adaptive import memory, sealed, session
-from adaptive.export import export
+from adaptive.export import _theirs, export
+from adaptive.folder import beside, certified
+from adaptive.policy import BudgetPolicy, DecayingPolicy
+from adaptive.run import PARSER, main, settle
 from adaptive.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """An exported folder that is not to be changed."""
-    return export(made(), tmp_path_factory.mktemp("export") / "out", "fp32", tokenizer())
+    words = tokenizer()
+    words.backend_tokenizer.enable_truncation(2)
+    words.backend_tokenizer.enable_padding(length=20)
+    out = export(made(), tmp_path_factory.mktemp("export") / "out", "fp32", words)
+    assert words.backend_tokenizer.truncation and words.backend_tokenizer.padding, "the caller's is as it was"
+    return out
 
 
 def test_a_folder_can_be_read_by_whoever_it_is_shipped_to(folder):
     assert folder.stat().st_mode & 0o777 == 0o755
+    assert "spends about that share" in (folder / "README.md").read_text()
+
+
+def test_texts_are_neither_cut_nor_padded(folder):
+    assert Runtime.load(folder, threads=1).texts.encode("w3 w4 w5") == [3, 4, 5]
 
 
 def test_nothing_but_numpy_onnxruntime_and_tokenizers_is_needed(folder):
@@ -63,7 +77,50 @@ def test_the_command_line(folder):
         done = run(*words)
         assert done.returncode == 1 and said in done.stderr and b"Traceback" not in done.stderr, done.stderr
     assert run("-", text=b"\xff").returncode == 1
+    words = [sys.executable, str(folder / "run.py"), "--threads", "1", "w3 w4"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as early:
+        early.stdout.close()  # `| head -0`
+        assert early.stderr.read() == b"" and early.wait(60) == 141
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def test_the_command_line_says_what_it_does(folder, monkeypatch, capsys):
+    rest = ["--folder", str(folder), "--threads", "1", "--max-new-tokens", "2"]
+    assert main(["w3", "--json", *rest]) == 0
+    assert json.loads(capsys.readouterr().out)["policy"] == "full"
+    monkeypatch.setattr(sys, "stdin", None)
+    for words, said in ((["w3", "--system", "be good"], "give that, too"), (["-"], "input is closed"),
+                        (["--chat"], "input is closed")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([*words, *rest])
+        assert said in capsys.readouterr().err
+    for words, most, noted in (([], 9, 0), (["--max-new-tokens", "9"], 9, 0), (["--max-new-tokens", "10"], 10, 1),
+                               (["--max-new-tokens", "10", "--policy", "full"], 10, 0)):  # fmt: skip
+        settle(args := PARSER.parse_args(["w3", *words]), {"max_new_tokens": 9})
+        assert args.max_new_tokens == most
+        assert capsys.readouterr().err.count("certified are answers of up to 9") == noted
+    settle(args := PARSER.parse_args(["w3"]), None)
+    assert args.max_new_tokens == 128
+
+
+def test_policies_that_look_back_leave_where_torch_leaves(folder):
+    runtime, model = Runtime.load(folder, threads=1), made()
+    depths = [compare(model, runtime, BudgetPolicy((2.0, 2.0), mean_depth)) for mean_depth in (2.0, 2.7, 3.5)]
+    assert depths[0] == 2 and depths[1] <= 2.7 < depths[2] <= 3.5
+    assert 2 < compare(model, runtime, DecayingPolicy((0.5, 0.5), length=8)) < 4
+
+
+def test_beside_asks_whatever_a_prompt_says(folder, monkeypatch):
+    monkeypatch.setattr("adaptive.folder.load_tokenizer", lambda model: tokenizer())
+    assert beside(made(), folder, ["-"], 3).count("\n| folder") == 2
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def test_prompts_that_the_folder_would_refuse_certify_nothing(folder):
+    asked = [prompt(seed, 5 if seed else 123) for seed in range(8)]
+    settings = dict(prompts=asked[:4], selection=asked[4:], budget=0.9, max_new_tokens=6)
+    with pytest.raises(ValueError, match="1 of 8 prompts and 6 new tokens do not fit the context of 128"):
+        certified(made(), folder, tokenizer(), settings)
 
 
 def test_mistakes_of_callers(folder):
@@ -96,7 +153,7 @@ def test_sampling(folder):
         return [token.id for token in runtime.generate([5, 6], 30, **settings)]
 
     assert sampled(temperature=1.0, seed=1) == sampled(temperature=1.0, seed=1) != sampled(temperature=1.0, seed=2)
-    assert sampled(temperature=1.0, top_p=1e-6, seed=1) == sampled()
+    assert sampled(temperature=1.0, top_p=1e-6, seed=1) == sampled() == sampled(temperature=1e-320, seed=1)
     step = next(iter(runtime.generate([5, 6], 1))).step
     generator = np.random.default_rng(0)
     drawn = np.bincount([step.pick(1.0, 1.0, generator) for _ in range(20000)], minlength=VOCAB) / 20000
@@ -171,8 +228,51 @@ def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something that was not exported"):
+    (full / "manifest.json").write_text('{"files": [], "name": "another program"}')
+    with pytest.raises(ValueError, match="holds something that was not exported .manifest.json, thesis.tex.; move it"):
         export(made(), full, "fp32", tokenizer())
+
+
+def test_only_what_was_exported_is_replaced(folder, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    (out / "__pycache__").mkdir(exist_ok=True)
+    assert _theirs(out) == []
+    (out / "answers.txt").write_text("of today")
+    with pytest.raises(ValueError, match="was not exported .answers.txt.; move it"):
+        export(made(), out, "fp32", tokenizer())
+    (out / "answers.txt").unlink()
+    monkeypatch.setattr("adaptive.export.compare", lambda *_: (out / "answers.txt").write_text("of tomorrow"))
+    assert export(made(), out, "fp32", tokenizer()) == out and Runtime.load(out, threads=1)
+    assert [path.read_text() for path in tmp_path.glob(".exporting-*.old/answers.txt")] == ["of tomorrow"]
+    assert "is now in" in caplog.text
+
+
+def test_foreign_code_is_refused_and_not_run(folder, tmp_path):
+    copied = tmp_path / "out"
+    shutil.copytree(folder, copied)
+    for name in ("answers", "__pycache__", ".git"):
+        (copied / name).mkdir(exist_ok=True)
+    (copied / "notes.txt").write_text("import numpy")
+    assert Runtime.load(copied, threads=1)
+    for name in ("random.py", "numpy.so", "answers/__init__.py"):
+        (copied / name).write_text("")
+        with pytest.raises(ValueError, match=f"holds {name.partition('/')[0]}, which the export did not write"):
+            Runtime.load(copied, threads=1)
+        (copied / name).unlink()
+    (copied / "numpy.py").write_text("print('run')")
+    done = subprocess.run([sys.executable, str(copied / "run.py"), "w3"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "holds numpy.py" in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what is mapped")
+def test_mapped_files_may_have_any_name(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff"
+    with open(path, "wb") as file:
+        file.write(b"12345678")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        assert os.fsdecode(path) in memory._read("/proc/self/maps")
 
 
 def test_the_tokenizer_is_loaded_when_text_is(folder, tmp_path):

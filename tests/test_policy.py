@@ -35,6 +35,10 @@ def test_a_budget_is_kept_at_every_token_and_used_up_where_scores_are_low():
         spent = out.trace.depth.cumsum(axis=1) / np.arange(1, 25)
         assert (spent <= mean_depth + 1e-9).all()
         assert (spent[:, -1] > mean_depth - 4 / 24).all(), "nobody leaves by score, so all of it should be used"
+    for thresholds, mean_depth in (((math.inf, math.inf), 2.5), ((0.5, 0.5), math.nan), ((0.5, 0.5), 0)):
+        with pytest.raises(ValueError, match="give a mean depth above 0, and where it is finite a finite threshold"):
+            BudgetPolicy(thresholds, mean_depth)
+    assert BudgetPolicy((math.inf, math.inf)).mean_depth == math.inf
     closed = BudgetPolicy((math.inf, 0.5), mean_depth=2.0)
     with pytest.raises(ValueError, match="first open exit is at depth 3"):
         closed.leaves(1, np.ones(1), progress([0], [0]))
