@@ -26,7 +26,7 @@ class Forced:
         """Returns whether this is the exit."""
         return exit == self.exit
 
-    def leaves(self, exit, score):
+    def leaves(self, exit, scores, progress):
         """Returns whether it is this token's turn."""
         self.seen += self.share
         leave = self.seen >= 1
