@@ -72,7 +72,7 @@ def test_a_record_without_the_field_is_still_of_this_configuration(place, capsys
     assert not text.made_with(place / "old" / "text.json", config(place, "old", prompts="mine.jsonl"))
 
 
-def test_an_interrupted_run_takes_its_own_batches_and_no_others(place, monkeypatch):
+def test_an_interrupted_run_takes_its_own_batches_and_no_others(place, monkeypatch, capsys):
     given = place / "mine.jsonl"
     given.write_text((place / "prompts.jsonl").read_text())
     first, mine = config(place, "broken", prompts=str(given)), place / "broken" / "parts" / "mine.txt"
@@ -102,6 +102,7 @@ def test_an_interrupted_run_takes_its_own_batches_and_no_others(place, monkeypat
     assert (place / "moved" / "parts" / "mine.txt").read_text() == "a user's"
     (place / "moved").rename(place / "again")
     text.main(replace(first, output=str(place / "again")))
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_batches_of_other_weights_or_settings_lie_elsewhere(place):
