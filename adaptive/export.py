@@ -309,18 +309,17 @@ def main(args: argparse.Namespace) -> None:
     model = EarlyExitModel.from_pretrained(args.run)
     calibrate = None
     if args.prompts is not None:
-        parts = json.loads(Path(args.prompts).read_text())
-        if missing := {"select", "certify"} - set(parts):
-            raise ValueError(f"--prompts {args.prompts} lacks {sorted(missing)}; it has {sorted(parts)}")
-        calibrate = {"prompts": parts["certify"][: args.certify], "selection": parts["select"]} | _asked(
-            model.certificate, args
-        )
+        from adaptive.prompts import read_parts
+
+        selection, certifying = read_parts(args.prompts, "select", "certify")
+        calibrate = {"prompts": certifying[: args.certify], "selection": selection} | _asked(model.certificate, args)
     out = export(model, args.out, args.precision, calibrate=calibrate)
     print(f"wrote {out}" + ("" if calibrate else ", not certified: no --prompts"))
     if calibrate is not None:
         from adaptive.folder import beside
 
-        asked = [prompt for prompt in parts.get("report") or parts["certify"] if isinstance(prompt, str)]
+        reported = json.loads(Path(args.prompts).read_text(encoding="utf-8")).get("report")
+        asked = [prompt for prompt in reported or certifying if isinstance(prompt, str)]
         print(beside(model, out, asked[:4], calibrate.get("max_new_tokens", 64)) if asked else "")
 
 

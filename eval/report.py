@@ -66,7 +66,7 @@ from adaptive.config import ExitConfig
 from adaptive.data import digest
 from adaptive.model import EarlyExitModel
 from adaptive.policy import ExitPolicy
-from adaptive.prompts import encode, pieces
+from adaptive.prompts import encode, pieces, read_parts
 from adaptive.provenance import provenance
 from adaptive.runs import put, write_json
 from adaptive.storage import model_digest
@@ -126,9 +126,8 @@ def prepared(config: ReportConfig) -> Job:
     paths = sorted(found.glob("risk-*.json")) + sorted(found.glob("budget-*.json"), reverse=True)
     if not paths or not all((found / name).exists() for name in ("settings.json", "survey.safetensors")):
         raise ValueError(f"{found} holds no certificates with their survey; run train/calibrate.py first")
-    prompts, settings = (json.loads(Path(path).read_text()) for path in (config.prompts, found / "settings.json"))
-    if missing := [name for name in ("select", "certify", "report") if not prompts.get(name)]:
-        raise ValueError(f"`prompts`={config.prompts} lacks {missing}; it has {sorted(prompts)}; add what is missing")
+    names, settings = ("select", "certify", "report"), json.loads((found / "settings.json").read_text())
+    prompts = dict(zip(names, read_parts(config.prompts, *names), strict=True))
     if both := {str(p) for p in prompts["report"]} & {str(p) for p in prompts["select"] + prompts["certify"]}:
         raise ValueError(f"`report` of {config.prompts} has {len(both)} prompts of `select` or `certify`; remove these")
     model = EarlyExitModel.from_pretrained(config.run).to("cuda" if torch.cuda.is_available() else "cpu")
