@@ -77,7 +77,7 @@ def test_the_command_line(folder):
         done = run(*words)
         assert done.returncode == 1 and said in done.stderr and b"Traceback" not in done.stderr, done.stderr
     assert run("-", text=b"\xff").returncode == 1
-    words = [sys.executable, str(folder / "run.py"), "--threads", "1", "w3 w4"]
+    words = [sys.executable, str(folder / "run.py"), "--threads", "1", "w3 w4", "--max-new-tokens", "5"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as early:
         early.stdout.close()  # `| head -0`
         assert early.stderr.read() == b"" and early.wait(60) == 141
@@ -111,8 +111,9 @@ def test_policies_that_look_back_leave_where_torch_leaves(folder):
 
 
 def test_beside_asks_whatever_a_prompt_says(folder, monkeypatch):
-    monkeypatch.setattr("adaptive.folder.load_tokenizer", lambda model: tokenizer())
-    assert beside(made(), folder, ["-"], 3).count("\n| folder") == 2
+    monkeypatch.setattr("adaptive.folder.load_tokenizer", lambda model: None)
+    monkeypatch.setattr("adaptive.folder.encode", lambda prompts, words: [[3, 4]])
+    assert beside(made(), folder, ["-w3"], 3).count("\n| folder") == 2
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
 
 
