@@ -163,6 +163,17 @@ def test_a_screen_that_picks_everything_is_the_full_head(family):
     assert torch.equal(out.sequences, expected) and (out.trace.taken == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_put_into_half_its_bits_generates(dtype):
+    for family, config in [("gpt2", {}), ("llama", {"shortlist": 20, "screen": 8})]:
+        model = with_exits(family, **config)
+        settings = dict(policy=[2.0, 0.0], max_new_tokens=3)
+        wanted = generate(model, prompts(2), **settings).trace.scores
+        out = generate(model.to(dtype), prompts(2), **settings)
+        assert (out.trace.depth == 3).all()
+        assert np.allclose(out.trace.scores[:, 0], wanted[:, 0], atol=0.1), "of the prompt"
+
+
 def test_a_fitted_screen_finds_the_best_entry_more_often_the_higher_its_rank():
     hits = {}
     for rank in (2, 12, 32):
