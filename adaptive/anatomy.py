@@ -97,7 +97,8 @@ def find_norm(decoder: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> nn.Modu
 
 
 def plain_copy(block: nn.Module) -> nn.Module:
-    """Returns a copy of a block with PEFT's adapters merged into its own layers and taken off.
+    """Returns a copy of a block with PEFT's adapters, as far as they are in use, merged into its own layers and taken
+    off.
 
     Raises:
         ValueError: its weights are quantized, so that a copy could not be trained.
@@ -105,7 +106,9 @@ def plain_copy(block: nn.Module) -> nn.Module:
     block = copy.deepcopy(block)
     for name, module in list(block.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
+            # As its forward does: what is merged stays so until adapters are disabled, whichever is active.
+            if module.merged == module.disable_adapters:
+                (module.unmerge if module.merged else module.merge)()
             parent, _, child = name.rpartition(".")
             setattr(block.get_submodule(parent), child, module.base_layer)
     if frozen := [name for name, parameter in block.named_parameters() if not parameter.is_floating_point()]:
