@@ -76,6 +76,16 @@ def find_decoder(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     raise ValueError(f"{type(model).__name__}: no child module holds the decoder blocks")
 
 
+def find_head(model: nn.Module) -> nn.Module:
+    """Returns the layer that makes logits of the normed state."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings; a causal LM is needed: load it with AutoModelForCausalLM"
+        )
+    return head
+
+
 def find_norm(decoder: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> nn.Module:
     """Returns the module whose output is the decoder's last hidden state, on a batch of ids [1, tokens]."""
     outputs: list[tuple[nn.Module, Tensor]] = []
@@ -117,6 +127,28 @@ def plain_copy(block: nn.Module) -> nn.Module:
             "quantized; choose head norm or linear for this backbone"
         )
     return block
+
+
+def require_plain(model: nn.Module) -> None:
+    """Refuses models that do more than their parts, or cannot be called.
+
+    Raises:
+        ValueError: a `PeftModel` that puts learned tokens in front of every text, or a configuration with which
+            transformers' own models fail.
+    """
+    if getattr(model.config, "return_dict", True) is False:
+        raise ValueError(
+            "the backbone's config.return_dict is False, with which transformers' own models fail, as their parts then "
+            "hand on tuples; set it to True"
+        )
+    configs = getattr(model, "peft_config", {}) if hasattr(model, "get_base_model") else {}
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"the backbone's adapter '{name}' is a {type(config).__name__}: it puts learned tokens in front of "
+                "every text, which exits would not see; give the backbone without it, or with an adapter of weights, "
+                "such as LoRA"
+            )
 
 
 def require_batch_first(name: str, calls: list) -> None:
