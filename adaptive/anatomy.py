@@ -76,6 +76,16 @@ def find_decoder(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     raise ValueError(f"{type(model).__name__}: no child module holds the decoder blocks")
 
 
+def find_head(model: nn.Module) -> nn.Module:
+    """Returns the layer that makes logits of the normed state."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings; a causal LM is needed: load it with AutoModelForCausalLM"
+        )
+    return head
+
+
 def find_norm(decoder: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> nn.Module:
     """Returns the module whose output is the decoder's last hidden state, on a batch of ids [1, tokens]."""
     outputs: list[tuple[nn.Module, Tensor]] = []
@@ -97,7 +107,8 @@ def find_norm(decoder: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> nn.Modu
 
 
 def plain_copy(block: nn.Module) -> nn.Module:
-    """Returns a copy of a block with PEFT's adapters merged into its own layers and taken off.
+    """Returns a copy of a block with PEFT's adapters, as far as they are in use, merged into its own layers and taken
+    off.
 
     Raises:
         ValueError: its weights are quantized, so that a copy could not be trained.
@@ -105,7 +116,9 @@ def plain_copy(block: nn.Module) -> nn.Module:
     block = copy.deepcopy(block)
     for name, module in list(block.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
+            # As its forward does: what is merged stays so until adapters are disabled, whichever is active.
+            if module.merged == module.disable_adapters:
+                (module.unmerge if module.merged else module.merge)()
             parent, _, child = name.rpartition(".")
             setattr(block.get_submodule(parent), child, module.base_layer)
     if frozen := [name for name, parameter in block.named_parameters() if not parameter.is_floating_point()]:
@@ -114,6 +127,28 @@ def plain_copy(block: nn.Module) -> nn.Module:
             "quantized; choose head norm or linear for this backbone"
         )
     return block
+
+
+def require_plain(model: nn.Module) -> None:
+    """Refuses models that do more than their parts, or cannot be called.
+
+    Raises:
+        ValueError: a `PeftModel` that puts learned tokens in front of every text, or a configuration with which
+            transformers' own models fail.
+    """
+    if getattr(model.config, "return_dict", True) is False:
+        raise ValueError(
+            "the backbone's config.return_dict is False, with which transformers' own models fail, as their parts then "
+            "hand on tuples; set it to True"
+        )
+    configs = getattr(model, "peft_config", {}) if hasattr(model, "get_base_model") else {}
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"the backbone's adapter '{name}' is a {type(config).__name__}: it puts learned tokens in front of "
+                "every text, which exits would not see; give the backbone without it, or with an adapter of weights, "
+                "such as LoRA"
+            )
 
 
 def require_batch_first(name: str, calls: list) -> None:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from adaptive.anatomy import (
     find_blocks,
     find_decoder,
+    find_head,
     find_norm,
     linear_size,
     linear_weights,
     require_batch_first,
+    require_plain,
 )
 from adaptive.kv import KV, Filled, PackedFill, packs
 from adaptive.straight import UNFIT, straight, straightens
@@ -66,6 +68,7 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, blocks: str | None = None):
+        require_plain(model)
         self.model = model
         self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.inner.config.get_text_config()
@@ -77,12 +80,7 @@ class Backbone:
         self.calls: list = []  # of the stand-ins, while they are in place
         self.stand_ins = nn.ModuleList(_Recorder(block, self.calls) for block in self.blocks)
         self.decoder = find_decoder(self.inner, self.blocks)
-        self.head = self.inner.get_output_embeddings()
-        if self.head is None:
-            raise ValueError(
-                f"{type(self.inner).__name__} has no output embeddings; a causal LM is needed: load it "
-                "with AutoModelForCausalLM"
-            )
+        self.head = find_head(self.inner)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self.packs, self.packed, self.straightens = False, None, False
         self.norm, self.fill_weights, self.kv_shapes = self._probe()
@@ -341,6 +339,8 @@ class Backbone:
         return weights
 
     def refresh(self) -> None:
-        """Drops the packed projections if a weight has changed since they were made; called once per generation."""
+        """Takes the LM head that the model has now (`resize_token_embeddings` makes a new one), and drops the packed
+        projections if a weight has changed since they were made; called once per generation and training step."""
+        self.head = find_head(self.inner)
         if self.packed is not None and self.packed.key != PackedFill.stamp(self.blocks):
             self.packed = None

@@ -144,7 +144,8 @@ class Gate(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Returns the class-balanced logit [...] of a learned gate for states [..., hidden]."""
-        normed = self.norm(state.float())
+        # In 32 bits, unless the whole model was put into another type: a layer norm takes none but its own.
+        normed = self.norm(state.to(next(self.norm.parameters()).dtype))
         return self.read(normed.to(next(self.read.parameters()).dtype)).squeeze(-1)
 
     def score(self, state: Tensor, logits: Tensor | None = None, before: Tensor | None = None) -> Tensor:

@@ -253,9 +253,13 @@ class PackedFill:
 
     @staticmethod
     def stamp(blocks: nn.ModuleList) -> tuple:
-        """Returns what changes when a weight that is packed does."""
-        weights = (weight for block in blocks for part in _parts(block) for weight in part.parameters())
-        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+        """Returns what changes when a weight that is packed does, or the adapters that are merged into it."""
+        parts = [part for block in blocks for part in _parts(block)]
+        weights = (weight for part in parts for weight in part.parameters())
+        named = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # by PEFT
+        adapted = (part for part in parts if hasattr(part, named[0]))
+        adapters = (str([getattr(part, name, None) for name in named]) for part in adapted)
+        return (*((weight.data_ptr(), weight._version) for weight in weights), *adapters)
 
     def unit(self, state: Tensor) -> Tensor:
         """Returns states [..., hidden] divided by their root mean square: what the weights multiply."""

@@ -228,6 +228,7 @@ class EarlyExitModel(nn.Module):
         """
         if labels is None:
             return ExitOutput(logits=self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits)
+        self.view.refresh()
         if examples:
             return ExitOutput(examples=gate_examples(self, input_ids, attention_mask, labels, states, top))
         loss, metrics = joint_loss(self, input_ids, attention_mask, labels, num_items_in_batch, states, top)

@@ -68,7 +68,7 @@ class Screen(nn.Module):
         out, down = low_rank((weight.float().T @ weight.float()).double(), cov, len(self.down))
         self.up.copy_(weight.float() @ out.float())
         self.down.copy_(down.float())
-        self.bias.copy_(weight.float() @ mean.float() - self.up @ (down @ mean).float())
+        self.bias.copy_(weight.float() @ mean.float() - self.up.float() @ (down @ mean).float())
         if bias is not None:
             self.bias.add_(bias.float())
 
@@ -92,8 +92,9 @@ class Screen(nn.Module):
 
     @turned
     def _preview(self, normed: Tensor) -> Tensor:
-        low = nn.functional.linear(normed.float(), self.down)
-        return nn.functional.linear(low, self.up, self.bias)
+        # In 32 bits, whatever type the model was put into: in half of them many entries would tie.
+        low = nn.functional.linear(normed.float(), self.down.float())
+        return nn.functional.linear(low, self.up.float(), self.bias.float())
 
     @property
     def weights(self) -> int:

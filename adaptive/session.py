@@ -164,7 +164,7 @@ class Session:
             self.length += 1
         count = len(self.exits)
         step = Step(None, None, count, [math.nan] * count, [False] * count, [0] * count, self.length, [])
-        done, before = 0, self.states[0]
+        done = 0
         for index, exit in enumerate(self.exits):
             if not (probe or policy.asks(index)):
                 continue
@@ -175,8 +175,9 @@ class Session:
                 self.kept[index][self.length - 1] = state[0, 0]
             early = probe or exit["gate"] in ("max_prob", "margin", "entropy")
             found = self._head(index, step) if early else None
+            # Of the exit right before, whether or not that was asked.
+            before = self.states[self.exits[index - 1]["segment"] + 1 if index else 0]
             step.scores[index] = self._score(index, state[0, 0], before[0, 0], found)
-            before = state
             if probe:
                 step.said.append(best(*found))
             elif policy.leaves(index, np.array([step.scores[index]]), self.progress):

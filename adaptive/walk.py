@@ -95,7 +95,7 @@ class Walk:
         self._begin()
         # A first token that had to be verified would gain nothing by leaving: the full depth has run.
         due = np.full(len(self.members), self.strategy == "verify")
-        logits = self._descend(states[0], due, states[1:])
+        logits = self._descend(states[0], due, states)
         self.record.close(np.arange(len(tokens.ids)))
         return logits
 
@@ -179,10 +179,12 @@ class Walk:
         self.kv.rows, calls = self.narrowed[key]
         return calls
 
-    def _run(self, behind: int, target: int, rows: np.ndarray, state: Tensor) -> list[tuple[Cells, Tensor]]:
+    def _run(self, behind: int, target: int, rows: np.ndarray, state: Tensor) -> tuple[list, Tensor]:
         """Runs the blocks from exit `behind` (-1: the embedding) to exit `target` on the newest tokens of these rows,
-        whose state is given, and on those that wait with them; returns the tokens and states of each pass."""
+        whose state is given, and on those that wait with them; returns the tokens and states of each pass, and what
+        these rows' states [rows, 1, hidden] are at the exit right before `target`, asked or not."""
         first, lane = (self.stops[behind], self.lanes[behind]) if behind >= 0 else (0, None)
+        middle = self.stops[target - 1] if target else 0
         if lane is None:
             passes = [self._newest(rows)]
         else:
@@ -190,15 +192,16 @@ class Walk:
             ran = self.newest - lane.frontier[rows, None] + (self.now["taken"][who, None] >= 0)
             self.now["behind"][who, behind:target] = ran
             passes = lane.waiting(rows, self.newest)
-        done = []
+        done, before = [], []
         for cells in passes:
             if len(passes) == 1 and int(cells.widths.max()) == 1:
                 calls = self._calls(rows)
             else:
                 calls = cells.start(self.backbone, self.tokens, self.members.lead, self.kv)
                 state = cells.take(lane.states)
-            done.append((cells, self.run(state, calls, first, self.stops[target])))
-        return done
+            before.append((cells, self.run(state, calls, first, middle)))
+            done.append((cells, self.run(before[-1][1], calls, middle, self.stops[target])))
+        return done, gather(before, rows)
 
     def _descend(self, hidden: Tensor, due: np.ndarray, prefilled: list | None = None) -> Tensor:
         """Returns logits [batch, vocabulary]; rows are taken out of the walk as they leave.
@@ -206,19 +209,18 @@ class Walk:
         Args:
             hidden: embeddings [members, 1, hidden] of the newest tokens.
             due: [members] bool, who is not asked.
-            prefilled: states [members, 1, hidden] at every exit and at full depth, if the blocks have been run already.
+            prefilled: states [members, 1, hidden] at depth 0, all exits and full depth, if the blocks have been run.
         """
         rows, state, behind, said = np.arange(len(self.members)), hidden, -1, {}
         for index in range(len(self.depths)):
             if not self.asked[index]:
                 continue
-            before = state
             if prefilled is None:
-                done, behind = self._run(behind, index, rows, state), index
-                state = gather(done, rows)
+                done, before = self._run(behind, index, rows, state)
+                state, behind = gather(done, rows), index
                 self._keep(index, done)
             else:
-                state = at(prefilled[index], rows)
+                before, state = (at(states, rows) for states in prefilled[index : index + 2])
             who, places = self._decide(index, rows, state, before, due[rows], said)
             if len(who):
                 stays = np.zeros(len(rows), bool)
@@ -230,11 +232,8 @@ class Walk:
                 rows, state = rows[stays], at(state, np.flatnonzero(stays))
             if not len(rows):
                 return self._spoken()
-        if prefilled is None:
-            done = self._run(behind, len(self.depths), rows, state)
-        else:
-            done = [(self._newest(rows), at(prefilled[-1], rows))]
-        logits = self._spoken(done)
+        full = prefilled and [(self._newest(rows), at(prefilled[-1], rows))]
+        logits = self._spoken(full or self._run(behind, len(self.depths), rows, state)[0])
         for index, (who, ids) in said.items():
             self.now["regret"][who, index] = regret(at(logits, who), ids).cpu().numpy()
         return logits

@@ -97,7 +97,8 @@ def test_every_head_and_gate_leaves_where_torch_leaves(kind, tmp_path, monkeypat
     runtime = Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1)
     scores = [token.step.scores for token in runtime.generate(prompt(), 24, policy=[1e9, 1e9])]
     middle = np.nanmedian(np.array(scores), axis=0).tolist()
-    depths = [compare(model, runtime, policy, seed) for seed, policy in enumerate(([0, 0], middle, [math.inf] * 2))]
+    policies = ([0, 0], middle, [math.inf] * 2, [math.inf, middle[1]])
+    depths = [compare(model, runtime, policy, seed) for seed, policy in enumerate(policies)]
     assert depths[0] == 2 and 2 < depths[1] < 4 and depths[2] == 4
 
 

@@ -1,5 +1,8 @@
 """Fitted K/V of skipped blocks: by least squares, nearer to what the blocks make, and otherwise as if projected."""
 
+import math
+
+import peft
 import pytest
 import torch
 from conftest import VOCAB, prompts, tiny
@@ -9,6 +12,7 @@ from adaptive.config import ExitConfig
 from adaptive.fills import Moments, fit_fills
 from adaptive.kv import KV
 from adaptive.model import EarlyExitModel
+from adaptive.policy import ExitPolicy
 
 SETTINGS = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
 
@@ -113,6 +117,34 @@ def test_decoding_reads_what_the_fit_wrote():
     for kv in ("recompute", "verify"):
         exact = [m.generate(**inputs, policy=policy, kv=kv, **SETTINGS).sequences for m in (model, plain)]
         assert torch.equal(*exact), "nothing is skipped for good"
+
+
+def test_what_is_filled_is_of_the_adapters_in_use():
+    """Packed projections are made again when another adapter is chosen, or none, and no other's is merged into them."""
+    config = peft.LoraConfig(r=4, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    backbone = peft.get_peft_model(tiny(), config)
+    backbone.add_adapter("b", config)
+    model = EarlyExitModel.from_backbone(backbone, ExitConfig(depths=[1, 3], head="norm", fill="projected"))
+    assert model.view.packs
+
+    class Turns(ExitPolicy):  # every second token reads what the others have left behind
+        def leaves(self, exit, scores, progress):
+            return progress.tokens % 2 == 0
+
+    def said(of):
+        return torch.stack(of.generate(**prompts(2), policy=Turns((0.0, math.inf)), **SETTINGS).logits)
+
+    first = said(model)
+    with backbone.disable_adapter():
+        assert torch.allclose(said(model), said(made("llama", head="norm", fill="projected")), atol=1e-5)
+    backbone.set_adapter("b")
+    other = said(model)
+    assert torch.allclose(other, said(EarlyExitModel.from_backbone(backbone, model.exit_config)), atol=1e-5)
+    backbone.merge_adapter(["b"])
+    assert torch.allclose(other, said(model), atol=1e-4) and not torch.allclose(other, first, atol=1e-2)
+    backbone.unmerge_adapter()
+    backbone.set_adapter("default")
+    assert torch.allclose(first, said(model), atol=1e-4)
 
 
 def test_where_no_map_is_known_blocks_project_themselves():

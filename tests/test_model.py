@@ -320,6 +320,35 @@ def test_unknown_model_says_what_was_looked_for_and_how_to_name_it():
         EarlyExitModel(tiny("gpt2"), ExitConfig(depths=[2], blocks="transformer.nothing"))
 
 
+def test_a_backbone_that_learned_a_prompt_is_refused_by_name():
+    import peft
+
+    learned = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="'default' is a PromptTuningConfig.*LoRA"):
+        EarlyExitModel(learned, ExitConfig(depths=[2]))
+
+
+def test_a_backbone_set_to_give_tuples_is_refused_by_name(llama):
+    llama.config.return_dict = False
+    with pytest.raises(ValueError, match="return_dict is False.*set it to True"):
+        EarlyExitModel(llama, ExitConfig(depths=[2]))
+
+
+def test_a_vocabulary_resized_since_is_the_one_that_is_read():
+    model = EarlyExitModel.from_backbone(tiny("llama", tie_word_embeddings=False), ExitConfig(depths=[2]))
+    model.backbone.resize_token_embeddings(101, mean_resizing=False)
+    with torch.no_grad():
+        model.backbone.lm_head.weight[97:] = 9.0
+        model.backbone.lm_head.weight[99] = -9.0
+    ids, settings = batch()["input_ids"], dict(max_new_tokens=4, do_sample=False)
+    loss = model(**batch()).loss
+    assert loss.isfinite() and model.view.vocab_size == 101
+    for policy in ([2.0], [0.0]):
+        said = model.generate(ids, policy=policy, **settings)[:, 10:]
+        assert (said >= 97).any()
+    assert torch.equal(model.generate(ids, policy=[2.0], **settings), model.backbone.generate(ids, **settings))
+
+
 def test_push_uploads_what_save_writes_and_keeps_a_card(llama, tmp_path, monkeypatch):
     import huggingface_hub
 

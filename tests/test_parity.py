@@ -84,6 +84,28 @@ def test_a_row_alone_is_the_row_in_a_batch(family, head, kv):
         )
 
 
+def test_similarity_is_to_the_exit_before_whoever_asked_that(monkeypatch):
+    """Neither a neighbour's policy nor a closed exit changes what a gate compares the state with."""
+    model = with_exits("llama", depths=(1, 2, 3), gate="similarity")
+    probe = generate(model, prompts(1), probe=True).trace.scores[0]
+    middle = np.sort(probe, axis=0)[NEW // 2 - 1 : NEW // 2 + 1].mean(0)
+    # Under "verify" the text is the full depth's, however many tokens have waited for those that are asked.
+    monkeypatch.setattr("adaptive.drafting.Drafting._best", lambda self: 4)
+    first = np.median(probe[:, 0])
+    for kv, *policy in ("propagate", math.inf, 2, 2), ("propagate", 2, math.inf, 2), ("verify", first, math.inf, 2):
+        got = generate(model, prompts(1), policy=policy, kv=kv).trace
+        asked = ~np.isnan(got.scores[0])
+        assert asked[:, 2].any() and not asked[:, np.isinf(policy)].any()
+        assert np.allclose(got.scores[0][asked], probe[asked], atol=1e-5)
+    assert got.rejected.behind[..., 0].any() and (got.taken == 0).any()
+    mine, other = ExitPolicy((math.inf, math.inf, middle[2])), ExitPolicy((middle[0], 2, 2))
+    alone = generate(model, prompts(1), policy=mine)
+    both = generate(model, {name: each.repeat(2, 1) for name, each in prompts(1).items()}, policy=[mine, other])
+    assert set(alone.trace.taken[0]) == {2, 3} and (both.trace.taken[1] == 0).any()
+    assert torch.equal(alone.sequences[0], both.sequences[0])
+    assert np.allclose(alone.trace.scores[0], both.trace.scores[0], atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("kv", ["own", "shared"])
 def test_block_head_decodes_what_it_says_teacher_forced(kv):
     """A block head that runs at every token gives what one pass over the whole text gives."""
@@ -139,6 +161,17 @@ def test_a_screen_that_picks_everything_is_the_full_head(family):
     out = generate(model, inputs, policy=[math.inf, 0.0])
     expected = model.backbone.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(out.sequences, expected) and (out.trace.taken == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_put_into_half_its_bits_generates(dtype):
+    for family, config in [("gpt2", {}), ("llama", {"shortlist": 20, "screen": 8})]:
+        model = with_exits(family, **config)
+        settings = dict(policy=[2.0, 0.0], max_new_tokens=3)
+        wanted = generate(model, prompts(2), **settings).trace.scores
+        out = generate(model.to(dtype), prompts(2), **settings)
+        assert (out.trace.depth == 3).all()
+        assert np.allclose(out.trace.scores[:, 0], wanted[:, 0], atol=0.1), "of the prompt"
 
 
 def test_a_fitted_screen_finds_the_best_entry_more_often_the_higher_its_rank():
