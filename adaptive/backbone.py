@@ -31,7 +31,7 @@ from adaptive.kv import KV, Filled, PackedFill, packs
 from adaptive.straight import UNFIT, straight, straightens
 from adaptive.turned import turned
 
-_SWAP = threading.Lock()
+SWAP = threading.RLock()  # held while the list of blocks is not the model's own, and by who needs it to be
 
 
 class _Recorder(nn.Module):
@@ -262,7 +262,7 @@ class Backbone:
     @contextmanager
     def _recording(self):
         # The list of blocks is swapped, not the blocks' forward: hooks of FSDP or accelerate stay on the real blocks.
-        with _SWAP:
+        with SWAP:
             self.parent._modules[self.name] = self.stand_ins
             try:
                 yield

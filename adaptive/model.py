@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import ModelOutput
 
 from adaptive import storage
-from adaptive.backbone import Backbone
+from adaptive.backbone import SWAP, Backbone
 from adaptive.calibration import Certificate
 from adaptive.config import ExitConfig, LossConfig
 from adaptive.costs import Costs
@@ -227,7 +227,9 @@ class EarlyExitModel(nn.Module):
             **kwargs: passed to the backbone when there are no labels.
         """
         if labels is None:
-            return ExitOutput(logits=self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits)
+            with SWAP:  # another thread may be generating
+                out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return ExitOutput(logits=out.logits)
         self.view.refresh()
         if examples:
             return ExitOutput(examples=gate_examples(self, input_ids, attention_mask, labels, states, top))

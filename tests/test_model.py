@@ -258,7 +258,7 @@ def test_random_draws_change_without_our_loop(llama):
     assert model.step == 2
 
 
-def test_two_threads_can_generate_at_once(llama):
+def test_threads_can_generate_and_ask_for_logits_at_once(llama):
     from concurrent.futures import ThreadPoolExecutor
 
     model = EarlyExitModel(llama, ExitConfig(depths=[1, 3])).eval()
@@ -266,7 +266,14 @@ def test_two_threads_can_generate_at_once(llama):
     expected = [model.generate(**prompts(3, seed=seed), **settings) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda seed: model.generate(**prompts(3, seed=seed), **settings), range(8)))
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        asked = [prompts(3, seed=seed) for seed in range(8)]
+        logits = [model(**each).logits.detach() for each in asked]
+        talk = [pool.submit(model.generate, **prompts(3, seed=seed), **settings) for seed in (*range(8), *range(8))]
+        for _ in range(8):
+            found = list(pool.map(lambda each: model(**each).logits.detach(), asked))
+            assert all(torch.equal(a, b) for a, b in zip(logits, found, strict=True))
+        assert all(torch.equal(a.result(), b) for a, b in zip(talk, expected * 2, strict=True))
 
 
 @pytest.mark.parametrize("moves", [None, 2, 3], ids=["weights", "two-moves", "three-moves"])
