@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -10,11 +11,18 @@ from torch import Tensor
 
 def generators(seed: int | Sequence[int] | None, input_ids: Tensor) -> list[torch.Generator]:
     """Returns one generator per row of input_ids [batch, tokens]; row r's is seeded with seed + r, or with seed[r]."""
+    seed = plain_seed(seed)
     if not isinstance(seed, Sequence):
         base = int(torch.randint(2**62, ())) if seed is None else seed
         seed = range(base, base + len(input_ids))
     # On the CPU for every device: equal seeds draw the same everywhere, and a large batch launches nothing per row.
     return [torch.Generator().manual_seed(each) for each in seed]
+
+
+def plain_seed(seed) -> int | Sequence[int] | None:
+    """Returns a seed, or the seeds of all rows, as plain numbers; arrays and tensors will do."""
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed
+    return [int(each) if isinstance(each, Integral) else each for each in seed] if isinstance(seed, Sequence) else seed
 
 
 def pick(scores: Tensor, sources: list | None, live: Sequence[int]) -> Tensor:
@@ -37,6 +45,16 @@ def draw(probabilities: Tensor, sources: list[torch.Generator], live: Sequence[i
     # Strictly below the total: an entry of probability 0 behind the last possible one must not be hit by rounding.
     draws = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulated, draws, right=True)[:, 0]
+
+
+def lost(logits: Tensor, scores: Tensor) -> Tensor:
+    """Returns which rows [rows] have no allowed entry on their shortlist, beyond which logits [rows, vocabulary] are
+    -inf, by the scores [rows, vocabulary] that processors made of them."""
+    # -inf may have become NaN or the least number, everywhere, or a forced token may lie beyond the shortlist. In all
+    # these cases, and in no other, nothing on the list is better than everything beyond it.
+    beyond = logits == -torch.inf
+    inside = scores.masked_fill(beyond, -torch.inf).amax(-1)
+    return ~(inside > scores.masked_fill(~beyond, -torch.inf).amax(-1))
 
 
 def judge(

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PrefixConstrainedLogitsProcessor
 
 from adaptive.drafting import Drafting
 from adaptive.exits import widened
 from adaptive.policy import Trace
-from adaptive.sampling import draw, judge
+from adaptive.sampling import draw, judge, lost
 from adaptive.walk import Walk
 
 
@@ -38,6 +40,7 @@ class Row:
         steps: columns of the walk's trace since the last judgement.
         due: whether its newest draft would end it.
         ended: whether it has ended.
+        guesses: scores [vocabulary] that the drafts came from, if asked for.
         scores, logits: [vocabulary] of every token said, if asked for.
     """
 
@@ -51,6 +54,7 @@ class Row:
     steps: list[int] = field(default_factory=list)
     due: bool = False
     ended: bool = False
+    guesses: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
@@ -60,7 +64,8 @@ class Speculation:
 
     Args:
         walk: whose `kv` is "verify".
-        processors, criteria: as `generate` prepared them; called on one row at a time.
+        processors, criteria: as `generate` prepared them; called on one row at a time, and for drafts, too: they must
+            not keep state from one call to the next.
         config: the generation config.
         sources: a generator per row, or None for greedy.
         plans: a `Drafting` per row.
@@ -71,13 +76,13 @@ class Speculation:
         self.walk, self.tokens, self.criteria = walk, walk.tokens, criteria
         wanted = config.return_dict_in_generate
         self.keep_scores, self.keep_logits = wanted and config.output_scores, wanted and config.output_logits
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.pad = int(config._pad_token_tensor) if ends else 0
+        self.pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        self.copies = len(self.tokens.ids) if any(map(_foreign, criteria)) else 1
         self.streamer, self.streamed, self.prompt = streamer, 0, walk.tokens.ids
         self.most = config.max_length - self.prompt.shape[1]
         sources = sources or [None] * len(self.prompt)
         self.rows = [
-            Row(i, plan, source, _alone(processors, i))
+            Row(i, plan, source, _alone(processors, i, len(sources)))
             for i, (plan, source) in enumerate(zip(plans, sources, strict=True))
         ]
 
@@ -156,7 +161,7 @@ class Speculation:
         """Returns the token that an exit says, from logits [batch, vocabulary]; it waits for judgement."""
         own = logits[row.index][None]
         scores = self._processed(row, self.tokens.length, own.clone() if row.processors else own)
-        if row.processors and scores.amax() == -torch.inf:  # nothing on the exit's shortlist is allowed
+        if row.processors and lost(own, scores).item():  # nothing on the exit's shortlist is allowed
             whole = widened(logits, self.walk.listed, np.array([row.index]), self.walk.backbone)
             scores = self._processed(row, self.tokens.length, whole[row.index][None])
         if row.source is None:
@@ -165,7 +170,8 @@ class Speculation:
             row.proposed.append(scores[0].float().softmax(-1))
             token = int(draw(row.proposed[-1][None], [row.source], [0]))
         row.drafts.append(token)
-        row.due = self._ends(row, self.tokens.length, token)
+        row.guesses += [scores[0]] if self.keep_scores else []
+        row.due = self._ends(row, self.tokens.length, token, row.scores + row.guesses)
         return token
 
     def _judge(self, row: Row, logits: Tensor) -> tuple[int, int]:
@@ -190,22 +196,23 @@ class Speculation:
             row.scores += [scores[count]] if self.keep_scores else []
             row.logits += [logits[count]] if self.keep_logits else []
             self.walk.record.columns[row.steps[count]]["accepted"][row.index] = count < kept or kept == len(drafts)
-            row.ended = self._ends(row, first + count, said)
+            row.ended = self._ends(row, first + count, said, row.scores)
             if row.ended:
                 break
         row.plan.told(count + 1, len(drafts))
-        row.drafts, row.proposed, row.steps, row.due = [], [], [], False
+        row.drafts, row.proposed, row.guesses, row.steps, row.due = [], [], [], [], False
         return first + kept, token
 
     def _processed(self, row: Row, length: int, logits: Tensor) -> Tensor:
         """Returns the scores [1, vocabulary] that the processors make of logits behind `length` columns."""
         return row.processors(self.tokens.row(row.index, length), logits) if row.processors else logits
 
-    def _ends(self, row: Row, length: int, token: int) -> bool:
-        """Returns whether a token behind `length` columns ends the row."""
+    def _ends(self, row: Row, length: int, token: int, scores: list[Tensor]) -> bool:
+        """Returns whether a token behind `length` columns ends the row; `scores` are kept ones, with its own."""
         ids = self.tokens.row(row.index, length)
-        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
-        return bool(self.criteria(ids, None).all())
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1).repeat(self.copies, 1)
+        seen = tuple(each.expand(self.copies, -1) for each in scores) if self.keep_scores else None
+        return bool(self.criteria(ids, seen)[row.index % self.copies])
 
     def _stream(self) -> None:
         """Gives the streamer every column that all rows have come past."""
@@ -228,11 +235,36 @@ class Speculation:
         )
 
 
-def _alone(processors, row: int):
-    """Returns processors as they would be for one row alone: what transformers prepares per row is cut to it."""
+def _foreign(function) -> bool:
+    """Returns whether a processor or criterion is not one of transformers' own, whose insides we know."""
+    return not type(function).__module__.startswith("transformers.")
+
+
+def _alone(processors, row: int, batch: int):
+    """Returns processors as they would be for one row alone, out of a batch."""
     out = copy.copy(processors)
-    for place, processor in enumerate(out):
-        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
-            out[place] = copy.copy(processor)
-            out[place].prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+    for place, processor in enumerate(processors):
+        if _foreign(processor):
+            out[place] = _among_copies(processor, row, batch) if batch > 1 else processor
+            continue
+        # What transformers prepares per row is cut to this one.
+        out[place] = own = copy.copy(processor)
+        for name in ("prompt_ignore_length", "encoder_input_ids"):
+            if isinstance(getattr(own, name, None), Tensor):
+                setattr(own, name, getattr(own, name)[row : row + 1])
+        if hasattr(own, "generated_ngrams"):
+            own.generated_ngrams, own.batch_size = own.generated_ngrams[row : row + 1], 1
+        if isinstance(own, PrefixConstrainedLogitsProcessor):
+            own._prefix_allowed_tokens_fn = partial(_of_row, own._prefix_allowed_tokens_fn, row)
     return out
+
+
+def _among_copies(processor, row: int, batch: int):
+    """Returns a processor of the caller's own for one row. It may hold something for every row of the batch: it gets
+    as many copies of this one, and what it makes of the copy in the row's place counts."""
+    return lambda ids, scores: processor(ids.repeat(batch, 1), scores.repeat(batch, 1))[row : row + 1]
+
+
+def _of_row(allowed, row: int, _, ids: Tensor) -> list[int]:
+    """Returns the tokens that a `prefix_allowed_tokens_fn` allows behind a row's ids, by its place in the batch."""
+    return allowed(row, ids)
