@@ -41,6 +41,7 @@ class Descent:
 
     def __init__(self, model, rows: Sequence[Row], policies: Sequence[ExitPolicy], probe: bool = False):
         self.view, self.exits, self.depths = model.view, model.exits, model.depths
+        self.view.refresh()
         self.rows, self.policies, self.probe, device = rows, list(policies), probe, model.device
         self.width, self.length = max(len(row.context) for row in rows), max(len(row.stem) for row in rows)
         # Rows of one context, the choices of a question, read it once.
@@ -207,30 +208,27 @@ class Descent:
 
     def _regroup(self, index: int, leaves: dict[int, Tensor]) -> None:
         """Parts the lanes whose policies have let different tokens out; drops those that everybody has left."""
-        told = self.exits.gates[index].kind == "similarity"  # it must know which exit was asked last
         found: dict[tuple, int] = {}
-        asked, masks = [], []
+        masks = []
         for number in range(len(self.policies)):
             for row, lane in zip(*(each.tolist() for each in self._mine(number))):
                 gone = self.gone[lane] | leaves[number][lane] if number in leaves else self.gone[lane]
                 if gone.all():
                     self.who[number, row] = -1
                     continue
-                key = (lane, told and number in leaves, gone.cpu().numpy().tobytes())
+                key = (lane, gone.cpu().numpy().tobytes())
                 if key not in found:
                     found[key] = len(found)
-                    asked.append(number in leaves)
                     masks.append(gone)
                 self.who[number, row] = found[key]
         parents = torch.tensor([lane for lane, *_ in found], dtype=torch.long, device=self.row.device)
         if not len(parents):
             self.row = parents
             return
-        last = torch.tensor(asked, device=self.row.device)[:, None, None]
-        self.before = torch.where(last, self.state[parents], self.before[parents])
         gone, at = torch.stack(masks), self.at[parents]
         self.at = torch.where(gone & ~self.gone[parents], index, at)
         self.state, self.row, self.gone = self.state[parents], self.row[parents], gone
+        self.before = self.state
         if self.length:
             self.calls = select_rows(self.all_calls, len(self.rows), self.row)
             if self.exits.shares_kv:  # a deeper head may read K/V of blocks that have been run already

@@ -175,3 +175,16 @@ def test_the_oracle_is_the_first_exit_that_agrees():
     assert (taken[:, 0] == np.where(agrees[0], 0, np.where(agrees[1], 1, 2))[:, 0]).all()
     assert (taken[~trace.valid] == -1).all() and len(set(taken[trace.valid].tolist())) > 1
     assert oracle(trace).mean_depth <= trace.mean_depth
+
+
+def test_similarity_behind_a_closed_exit_is_scored_as_it_is_decoded():
+    model = with_exits("llama", gate="similarity")
+    prompt = torch.randint(3, VOCAB, (1, 7), generator=torch.Generator().manual_seed(3))
+    policy = ExitPolicy((math.inf, 2.0))
+    out = model.generate(
+        input_ids=prompt, policy=policy, do_sample=False, max_new_tokens=10, return_dict_in_generate=True
+    )
+    said = out.sequences[0, 7:].tolist()
+    rows = [Row(prompt[0].tolist(), said[:-1], said[-1:])]
+    scored = score(model, rows, [policy, ExitPolicy((0.5, 0.5))])[0].trace.scores[0, :10, 1]
+    assert scored == pytest.approx(out.trace.scores[0, :, 1], abs=1e-4)
