@@ -95,9 +95,9 @@ def test_processors_that_remember_are_refused_where_drafts_are_verified(settings
 
 def test_processors_that_remember_are_asked_once_a_token_beside_a_shortlist(short):
     """Everything on the list is forbidden, so that every token needs the whole vocabulary."""
-    settings = {"guidance_scale": 2.0, "suppress_tokens": list(range(60)), "policy": [0.0, math.inf]}
+    settings = {"guidance_scale": 4.0, "suppress_tokens": list(range(60)), "policy": [0.0, math.inf]}
     whole = with_exits("llama", head="norm")
-    said = [generate(model, prompts(2), max_new_tokens=6, **settings).sequences for model in (short, whole)]
+    said = [generate(model, prompts(2), max_new_tokens=12, **settings).sequences for model in (short, whole)]
     assert torch.equal(*said) and (said[0][:, 9:] >= 60).all()
 
 
