@@ -264,10 +264,10 @@ class EarlyExitModel(nn.Module):
                 draws one from torch's generator.
             streamer: as in transformers.
             **kwargs: as in transformers; `cache_implementation="static"` asks for CUDA graphs, where there are any.
+                Processors and criteria of your own must keep no state: they may be asked for what is not said.
 
         Raises:
-            ValueError: thresholds that do not fit the exits, an unknown `kv`, beam search, a prompt longer than the
-                context.
+            ValueError: thresholds that do not fit the exits, an unknown `kv`, beam search, too long a prompt.
         """
         policy = self.policy if policy is None else policy
         if kwargs.get("assistant_model") is not None:
