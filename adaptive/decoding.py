@@ -12,7 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.backbone import Backbone
@@ -91,6 +96,18 @@ def decode(
     out = GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=None)
     out.trace = walk.record.trace(kv) if loop is None else loop.trace()
     return out
+
+
+def with_stop_strings(kwargs: dict) -> dict:
+    """Returns keyword arguments of `generate` in which `stop_strings` and the `tokenizer` that they need are a stopping
+    criterion: transformers loses the tokenizer on its way to a loop that is not its own."""
+    stops, tokenizer = kwargs.get("stop_strings"), kwargs.get("tokenizer")
+    if not stops or tokenizer is None:  # transformers says what is missing
+        return kwargs
+    criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stops)])
+    return {name: value for name, value in kwargs.items() if name not in ("stop_strings", "tokenizer")} | {
+        "stopping_criteria": criteria
+    }
 
 
 def _loop(

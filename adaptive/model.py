@@ -20,7 +20,7 @@ from adaptive.backbone import SWAP, Backbone
 from adaptive.calibration import Certificate
 from adaptive.config import ExitConfig, LossConfig
 from adaptive.costs import Costs
-from adaptive.decoding import decode
+from adaptive.decoding import decode, with_stop_strings
 from adaptive.exits import Exits
 from adaptive.objective import gate_examples, joint_loss
 from adaptive.policy import ExitPolicy
@@ -287,7 +287,7 @@ class EarlyExitModel(nn.Module):
                     f"{list(self.depths)}); give one per exit"
                 )
         loop = partial(decode, model=self, policy=policy, kv=kv, probe=probe, seed=seed, streamer=streamer)
-        return self.backbone.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
+        return self.backbone.generate(*args, custom_generate=loop, streamer=streamer, **with_stop_strings(kwargs))
 
     def certify(self, certificate: Certificate) -> None:
         """Takes a certificate: its thresholds become the model's policy."""

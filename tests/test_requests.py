@@ -9,6 +9,7 @@ import transformers
 from conftest import VOCAB, prompts
 from test_parity import generate, with_exits
 from test_strategies import agreeing, generous  # noqa: F401
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 OFF = [math.inf, math.inf]
 
@@ -166,3 +167,19 @@ def test_gradient_checkpointing_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         generate(model.train(), prompts(1))
     generate(model.eval(), prompts(1))
+
+
+@pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
+def test_strings_stop_each_row(model, kv):
+    model, thresholds = model
+    letters = "abcdef" + "".join(chr(0x4E00 + index) for index in range(VOCAB - 6))
+    inner = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="a"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    settings = dict(**prompts(3), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=1)
+    free = model.backbone.generate(**settings)[:, -12:]
+    stops = [tokenizer.decode(free[0, 2:4]), tokenizer.decode(free[1, 5:6])]
+    settings |= {"stop_strings": stops, "tokenizer": tokenizer}
+    wanted = model.backbone.generate(**settings)
+    assert not torch.equal(wanted[:, -12:], free)
+    assert torch.equal(model.generate(**settings, kv=kv, policy=thresholds if kv == "verify" else OFF), wanted)
