@@ -197,6 +197,7 @@ def beside(model, out: Path, prompts: list[str], new: int) -> str:
         return (made.shape[1] - ids.shape[1] - 1) / (seconds[1] - seconds[0])
 
     def in_folder(prompt: str, policy: str) -> float:
+        """Returns what the folder's own program says that it made."""
         environment = {**os.environ, "PYTHONUTF8": "1"}
         done = subprocess.run([*words, "--policy", policy], input=prompt.encode(), stdout=subprocess.PIPE, check=True,
                               env=environment)  # fmt: skip
