@@ -92,9 +92,10 @@ class Screen(nn.Module):
 
     @turned
     def _preview(self, normed: Tensor) -> Tensor:
-        # In 32 bits, whatever type the model was put into: in half of them many entries would tie.
-        low = nn.functional.linear(normed.float(), self.down.float())
-        return nn.functional.linear(low, self.up.float(), self.bias.float())
+        # In 32 bits, whatever type the model was put into, under autocast too: in half of them many entries would tie.
+        with torch.autocast(normed.device.type, enabled=False):
+            low = nn.functional.linear(normed.float(), self.down.float())
+            return nn.functional.linear(low, self.up.float(), self.bias.float())
 
     @property
     def weights(self) -> int:

@@ -189,6 +189,15 @@ def test_a_fitted_screen_finds_the_best_entry_more_often_the_higher_its_rank():
         with_exits("llama", depths=(2,), shortlist=8, screen=33)
 
 
+def test_a_screen_picks_the_same_entries_under_autocast():
+    model = with_exits("llama", depths=(2, 4), shortlist=8, screen=8)
+    states = fitted(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        picked = model.exits.screen(states, 8)
+        held = model.exits.screen.holds(states, picked[:, 0], 8)
+    assert torch.equal(picked.sort(1)[0], model.exits.screen(states, 8).sort(1)[0]) and held.all()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_a_screened_exit_says_of_many_states_is_what_it_says_of_one(family):
     model = with_exits(family, depths=(2, 4), head="norm", shortlist=6, screen=3)

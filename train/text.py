@@ -157,10 +157,10 @@ def made_with(record: Path, config: TextConfig) -> bool:
 def loaded(config: TextConfig) -> EarlyExitModel:
     """Returns the model behind our own decoding loop, which is the faster one on a CPU."""
     backbone = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype="auto")
-    if not torch.cuda.is_available():
-        backbone.float()  # most CPUs multiply float32 several times faster than bfloat16
-    else:
+    if torch.cuda.is_available():
         backbone.cuda()
+    elif not torch.cpu.get_capabilities().get("amx_bf16"):
+        backbone.float()  # most CPUs multiply float32 several times faster than bfloat16, those with AMX do not
     return EarlyExitModel.from_backbone(backbone, ExitConfig(depths=[1], head="norm"))
 
 
