@@ -199,11 +199,9 @@ def test_drafting_gives_up_where_it_does_not_pay():
 
 
 @pytest.fixture
-def two_threads():
-    """Linear layers on a few states are turned from two threads on."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+def two_threads(monkeypatch):
+    """Linear layers on a few states are turned from two threads on; real ones take minutes where cores are busy."""
+    monkeypatch.setattr("adaptive.turned.torch.get_num_threads", lambda: 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -84,6 +84,9 @@ def test_the_command_says_what_it_found(place, tmp_path, data):
         assert 1 - oracle["shares"][-1] >= max(line[kind]["agreement"] for line in found["depths"]) - 1e-9
     assert len(found["suggested"]["depths"]) == 2
     assert found["suggested"]["oracle_saving"] <= found["oracle_probe"]["saving"] + 1e-9
-    wrong = subprocess.run([*words[:3], "--depths", "9"], capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+
+
+def test_a_depth_that_is_none_is_named(place):
+    words = [sys.executable, str(ROOT / "eval" / "suitability.py"), str(place), "--depths", "9"]
+    wrong = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert wrong.returncode != 0 and "use depths 1 to 3" in wrong.stderr
