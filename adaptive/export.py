@@ -19,6 +19,7 @@ PARSER = argparse.ArgumentParser(
 PARSER.add_argument("run", help="folder of a trained model")
 PARSER.add_argument("out", help="folder to write; must not hold anything that was not exported")
 PARSER.add_argument("--precision", choices=sorted(PRECISIONS), default="int4", help="of the weights; int4")
+PARSER.add_argument("--compact", action="store_true", help="without the second copy of weights, for long prompts")
 PARSER.add_argument("--prompts", help='.json file of {"select": [...], "certify": [...]} to calibrate on')
 PARSER.add_argument("--certify", type=int, metavar="N", help="certify on the first N of these, at least 1; all")
 PARSER.add_argument("--risk", type=float, help="largest expected harm per token")
@@ -58,7 +59,8 @@ MARKS = [("system", "\x01s"), ("user", "\x01u"), ("assistant", "\x01a"), ("user"
 TALKS = [MARKS, MARKS[1:], MARKS[1:2], [("user", " <é> \n"), ("assistant", " b\n"), ("user", "c 'd'")]]
 
 
-def export(model, out: str | Path, precision: str = "int4", tokenizer=None, calibrate: dict | None = None) -> Path:
+def export(model, out: str | Path, precision: str = "int4", tokenizer=None, calibrate: dict | None = None,
+           compact: bool = False) -> Path:  # fmt: skip
     """Writes a folder that generates without torch, and returns its path.
 
     Args:
@@ -69,6 +71,7 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
         tokenizer: of the backbone; loaded from its folder if None.
         calibrate: arguments of `adaptive.calibrate` (`prompts`, `risk`, `selection`, ...) to certify the exported
             graphs; None certifies nothing.
+        compact: leave out the second copy of quantized blocks, which reads prompts of 256 tokens and more fast.
 
     Raises:
         ValueError: an unknown precision, a family or head without an exported form, a folder that holds something
@@ -82,7 +85,7 @@ def export(model, out: str | Path, precision: str = "int4", tokenizer=None, cali
     try:
         from adaptive.parts import Writer
 
-        record = Writer(model, fresh, PRECISIONS[precision]).write()
+        record = Writer(model, fresh, PRECISIONS[precision], compact).write()
         record |= _describe(model, precision, tokenizer, record["exits"])
         _write_tokenizer(tokenizer, fresh / "tokenizer.json")
         _write_sources(fresh)
@@ -313,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
 
         selection, certifying = read_parts(args.prompts, "select", "certify")
         calibrate = {"prompts": certifying[: args.certify], "selection": selection} | _asked(model.certificate, args)
-    out = export(model, args.out, args.precision, calibrate=calibrate)
+    out = export(model, args.out, args.precision, calibrate=calibrate, compact=args.compact)
     print(f"wrote {out}" + ("" if calibrate else ", not certified: no --prompts"))
     if calibrate is not None:
         from adaptive.folder import beside

@@ -12,6 +12,7 @@ from adaptive import graphs, recipes
 from adaptive.data import digest
 from adaptive.exits import ADAPTED
 from adaptive.losses import prior_shift
+from adaptive.onnx_graph import INTEGER
 from adaptive.quantize import quantize, quantize_rows, restore
 from adaptive.smooth import BITS, Smooth
 
@@ -27,10 +28,12 @@ class Writer:
         model: the `EarlyExitModel`.
         folder: to write to.
         bits: of the weights: 32, 8 or 4.
+        compact: leave out the second copy of quantized blocks, for long prompts.
     """
 
-    def __init__(self, model, folder: Path, bits: int):
+    def __init__(self, model, folder: Path, bits: int, compact: bool = False):
         self.model, self.view, self.folder, self.bits = model, model.view, folder, bits
+        self.copies = {"segment": bits} | ({} if compact or bits == 32 else {"prompt": INTEGER})
         config = self.view.config
         self.shape = recipes.shape(config, self.view.blocks[0])
         self.ropes, self.rope_of = recipes.ropes(config, self.view.decoder)
@@ -58,14 +61,15 @@ class Writer:
 
     def write(self) -> dict:
         """Writes everything that the model consists of; returns what the manifest says of it."""
-        self.bar = tqdm(total=len(self.bounds) + 2 + 3 * self.model.num_exits, desc="exporting", unit="graph",
-                        leave=False)  # fmt: skip
+        total = len(self.bounds) * len(self.copies) + 2 + 3 * self.model.num_exits
+        self.bar = tqdm(total=total, desc="exporting", unit="graph", leave=False)
         with self.bar:
-            for index, (first, last) in enumerate(zip([0, *self.bounds], self.bounds)):
-                final = recipes.norm(self.view.norm) if last == self.view.num_layers else None
-                graphs.segment(self.path(f"segment_{index}"), self.blocks(first, last), self.shape, first,
-                               len(self.ropes), self.bits, self._gate(last), final)  # fmt: skip
-                self.bar.update()
+            for kind, bits in self.copies.items():
+                for index, (first, last) in enumerate(zip([0, *self.bounds], self.bounds)):
+                    final = recipes.norm(self.view.norm) if last == self.view.num_layers else None
+                    graphs.segment(self.path(f"{kind}_{index}"), self.blocks(first, last), self.shape, first,
+                                   len(self.ropes), bits, self._gate(last), final)  # fmt: skip
+                    self.bar.update()
             self._vocabulary("vocabulary", recipes.linear(self.view.head))
             embedding = self.view.inner.get_input_embeddings()
             self._table("embedding", recipes.array(embedding.weight))

@@ -45,8 +45,9 @@ def restore(packed: np.ndarray, scales: np.ndarray, bits: int, inputs: int) -> n
     return ((whole.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]).reshape(len(packed), -1)[:, :inputs]
 
 
-def quantize_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (integers [rows, width] int8, scales [rows] float32) of a table whose rows are read one by one."""
-    scales = np.abs(table).max(axis=1).astype(np.float32) / 127
+def quantize_rows(table: np.ndarray, most: int = 127) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (integers [rows, width] int8 from -most to most, scales [rows] float32) of a table whose rows have a
+    scale each."""
+    scales = np.abs(table).max(axis=1).astype(np.float32) / most
     scales[scales == 0] = 1
     return np.rint(table / scales[:, None]).astype(np.int8), scales

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,8 @@ class Graphs(dict):
             if name not in self:  # another thread may have been here
                 both = (f"{name}.onnx", f"{name}.bin")
                 check(self.folder, {file: self.files[file] for file in both if file in self.files})
-                with loading(self.folder):
+                # Decoding reads all weights for every token, a prompt once for many: pages of any size do for that.
+                with nullcontext() if name.startswith("prompt_") else loading(self.folder):
                     self.make(name)
         return self[name]
 

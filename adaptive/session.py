@@ -14,6 +14,7 @@ from adaptive.policy import Progress
 SAMPLED = 16  # one score of so many says where the highest ones begin
 AT_ONCE = 128  # rows of the vocabulary: a CPU's cache holds them
 CHUNK = 128  # prompt tokens run at once; more of them need more memory, and are hardly faster
+MANY = 256  # tokens of a prompt from which on graphs of their own, which take a moment to load, are faster
 
 
 @dataclass
@@ -120,10 +121,14 @@ class Session:
         self.progress = Progress((*self.depths, self.manifest["layers"]), np.zeros(1, int), np.zeros(1, int))
 
     def prefill(self, ids, keep: bool = True) -> np.ndarray | None:
-        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm, to `keep`."""
+        """Runs tokens at full depth; returns their final states [tokens, hidden], behind the final norm, to `keep`.
+
+        A long prompt that is only to be gone on from is read in whole numbers, if the folder has its weights in them.
+        """
         if self.length + len(ids) > self.room:
             raise ValueError(f"{len(ids)} more tokens do not fit: the session has room for {self.room}")
-        out = []
+        many = not keep and len(ids) >= MANY and "prompt_0.onnx" in self.manifest["files"]
+        out, kind = [], "prompt" if many else "segment"
         for start in range(0, len(ids), CHUNK):
             piece = ids[start : start + CHUNK]
             self._place(self.length + len(piece))
@@ -131,7 +136,7 @@ class Session:
             self.runtime.embed(piece, state[0])
             self.states[0][:] = state[:, -1:]
             for index in range(len(self.manifest["segments"])):
-                found = self._run_many(f"segment_{index}", state)
+                found = self._run_many(f"{kind}_{index}", state)
                 for name, newest in self.bound[f"segment_{index}"][3].items():
                     newest[:] = found[name][:, -1:]
                 state = found["out"]

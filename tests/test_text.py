@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import VOCAB, script, tiny
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,7 +31,8 @@ def place(tmp_path_factory):
 
 def config(place, output: str, **changes) -> text.TextConfig:
     sizes = {"train": 2, "select": 3, "certify": 1, "report": 2, "prompt_tokens": 8, "answer_tokens": 5}
-    return text.TextConfig(str(place / output), str(place / "model"), **{"batch_size": 4} | sizes | changes)
+    values = {"model": str(place / "model"), "batch_size": 4} | sizes | changes
+    return text.TextConfig(str(place / output), **values)
 
 
 def made(config) -> tuple[dict, dict]:
@@ -103,6 +105,15 @@ def test_an_interrupted_run_takes_its_own_batches_and_no_others(place, monkeypat
     (place / "moved").rename(place / "again")
     text.main(replace(first, output=str(place / "again")))
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_model_runs_in_the_type_asked_for(place):
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(place / "half")
+    tiny("llama").bfloat16().save_pretrained(place / "half")
+    settings = config(place, "x", model=str(place / "half"))
+    found = {dtype: text.loaded(replace(settings, dtype=dtype)).dtype for dtype in ("auto", "float32", "bfloat16")}
+    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    assert found == {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def test_batches_of_other_weights_or_settings_lie_elsewhere(place):

@@ -15,6 +15,7 @@ distribution that the exits will meet. A model without a template goes on from i
 
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 from adaptive.checked import Checked, load_config
 
@@ -34,6 +35,8 @@ class TextConfig(Checked):
         answer_tokens: most tokens of an answer
         temperature: of the answers; 0 takes the most likely token, which is what exits learn most from
         batch_size: rows generated at once
+        dtype: that the model runs in; auto = float32 on a CPU, as it was saved elsewhere. A CPU with AMX is twice as
+            fast in bfloat16, and says other things now and then
         seed: equal seeds make equal text
         texts: local files or folders, or data set names, to add as training rows
         prompts: file, folder or data set of texts whose first `train` different ones are the prompts of the training
@@ -50,6 +53,7 @@ class TextConfig(Checked):
     answer_tokens: int = 128
     temperature: float = 0.0
     batch_size: int = 64
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     texts: list[str] = field(default_factory=list)
     prompts: str | None = None
@@ -156,11 +160,11 @@ def made_with(record: Path, config: TextConfig) -> bool:
 
 def loaded(config: TextConfig) -> EarlyExitModel:
     """Returns the model behind our own decoding loop, which is the faster one on a CPU."""
-    backbone = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype="auto")
+    backbone = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=config.dtype)
     if torch.cuda.is_available():
         backbone.cuda()
-    elif not torch.cpu.get_capabilities().get("amx_bf16"):
-        backbone.float()  # most CPUs multiply float32 several times faster than bfloat16, those with AMX do not
+    elif config.dtype == "auto":
+        backbone.float()  # most CPUs multiply float32 several times faster than bfloat16
     return EarlyExitModel.from_backbone(backbone, ExitConfig(depths=[1], head="norm"))
 
 
