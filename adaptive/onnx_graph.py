@@ -37,6 +37,8 @@ class Graph:
         self.nodes, self.inputs, self.outputs, self.weights = [], [], [], []
         self.data = open(path.with_suffix(".bin"), "wb")
         self.count = 0
+        self.whole: dict[str, tuple[str, str]] = {}  # what has been made whole numbers already
+        self.zeros: str | None = None
 
     def input(self, name: str, kind: int, *dims: int | str) -> str:
         """Declares an input; returns its name."""
@@ -99,15 +101,24 @@ class Graph:
 
     def _integer(self, x: str, weight: np.ndarray) -> str:
         """Multiplies in whole numbers, which every CPU adds up alike: a scale per token, and one per row of weights."""
+        whole, step = self._whole(x)
         rows, scales = quantize_rows(weight, 2 ** (INTEGER - 1) - 1)
-        largest = self.node("ReduceMax", self.node("Abs", x), self.weight(np.array([-1], np.int64)), keepdims=1)
-        step = self.node("Mul", self.node("Max", largest, self._number(1e-30)), self._number(1 / 127))
-        # Casting cuts off: what is between 1.5 and 255.5 becomes 1 to 255, with 128 for zero.
-        shifted = self.node("Add", self.node("Div", x, step), self._number(128.5))
-        whole = self.node("Cast", shifted, to=TensorProto.UINT8)
         zero, factors = self.weight(np.array(128, np.uint8)), (self._number(1.0), self.weight(scales))
         out = self.node("MatMulIntegerToFloat", whole, self.weight(rows.T), *factors, zero, domain=MS)
         return self.node("Mul", out, step)
+
+    def _whole(self, x: str) -> tuple[str, str]:
+        """Returns (`x` [1, tokens, in] in whole numbers around 128, a token's step [1, tokens, 1]); made once for all
+        that `x` is multiplied by."""
+        if x not in self.whole:
+            largest = self.node("ReduceMax", self.node("Abs", x), self.weight(np.array([-1], np.int64)), keepdims=1)
+            step = self.node("Add", self.node("Mul", largest, self._number(1 / 127)), self._number(1e-30))
+            if self.zeros is None:  # the operator wants one for each token
+                tokens = self.node("Shape", x, start=1, end=2)
+                self.zeros = self.node("Expand", self.weight(np.array([128], np.uint8)), tokens)
+            whole = self.node("QuantizeLinear", x, self.reshape(step, -1), self.zeros, axis=1)
+            self.whole[x] = whole, step
+        return self.whole[x]
 
     def _number(self, value: float) -> str:
         return self.weight(np.array(value, np.float32))
@@ -133,8 +144,11 @@ class Graph:
 
     def gated(self, normed: str, mlp: MLP) -> str:
         """Returns down(act(gate) * up) of a normed state (Shazeer 2020, eq. 6)."""
-        half = len(mlp.gate_up.weight) // 2
-        gate, up = self.split(self.linear(normed, mlp.gate_up), half, half)
+        if self.bits == INTEGER:  # a copy of many tokens costs more than another call
+            gate, up = (self.linear(normed, part) for part in mlp.gate_up.halves())
+        else:
+            half = len(mlp.gate_up.weight) // 2
+            gate, up = self.split(self.linear(normed, mlp.gate_up), half, half)
         act = (
             self.node("QuickGelu", gate, domain=MS, alpha=1.0)  # with alpha 1 this is SiLU
             if mlp.act == "silu"

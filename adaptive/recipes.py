@@ -33,6 +33,12 @@ class Linear:
     weight: np.ndarray
     bias: np.ndarray | None = None
 
+    def halves(self) -> tuple[Linear, Linear]:
+        """Returns the layers that make the first and the second half of what comes out."""
+        weights, middle = self.weight, len(self.weight) // 2
+        biases = (None, None) if self.bias is None else (self.bias[:middle], self.bias[middle:])
+        return Linear(weights[:middle], biases[0]), Linear(weights[middle:], biases[1])
+
 
 @dataclass
 class MLP:

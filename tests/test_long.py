@@ -24,7 +24,7 @@ def test_products_are_sums_of_whole_numbers(tmp_path):
     (found,) = onnxruntime.InferenceSession(tmp_path / "graph.onnx").run(None, {"x": x})
     scales = np.where(np.abs(weight).max(1) == 0, 1, np.abs(weight).max(1) / 63)
     steps = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / 127
-    whole = np.floor(x / steps + 0.5), np.rint(weight / scales[:, None])
+    whole = np.rint(x / steps), np.rint(weight / scales[:, None])
     assert np.abs(whole[0]).max() == 127 and np.abs(whole[1]).max() == 63
     np.testing.assert_allclose(found, whole[0] @ whole[1].T * scales * steps, rtol=1e-5, atol=1e-6)
     assert np.corrcoef(found.ravel(), (x @ weight.T).ravel())[0, 1] > 0.999
@@ -45,9 +45,13 @@ def test_a_long_prompt_leaves_what_a_short_one_does(family, kind, tmp_path, monk
     plain = {name: read(runtime, ids) for name, runtime in runtimes.items()}
     monkeypatch.setattr(session, "MANY", 11)
     monkeypatch.setattr(session, "CHUNK", 4)
+    let_go = []
+    monkeypatch.setattr(session, "forget", let_go.append)
     assert np.array_equal(read(runtimes["int8"], ids[:10]), read(runtimes["int8"], ids[:10], keep=True))
     assert not any("prompt_0" in runtime.graphs for runtime in runtimes.values())
     near = {name: np.corrcoef(read(runtime, ids), plain["fp32"])[0, 1] for name, runtime in runtimes.items()}
+    assert len(let_go) == 2, "only where graphs were made"
+    assert np.array_equal(read(runtimes["int4"], ids), read(runtimes["int4"], ids)) and len(let_go) == 2
     assert "prompt_0" in runtimes["int4"].graphs and "prompt_0" not in runtimes["fp32"].graphs
     assert near["fp32"] > 1 - 1e-6 and 0.99 < near["int8"] < 1 - 1e-6
     assert near["int4"] > np.corrcoef(plain["int4"], plain["fp32"])[0, 1], "finer than 4 bits"
