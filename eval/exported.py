@@ -3,7 +3,9 @@
     python eval/exported.py --run runs/demo --text wikitext2.valid.jsonl --column page \
         --output results/exported.json
 
-Full depth: perplexity, how often the likeliest token is torch's, and how far logits are apart. Exits: greedy answers to
+Full depth: perplexity, how often the likeliest token is torch's, and how far logits are apart; and the same for the
+second halves of the sequences behind the first ones as prompts, which folders read by other graphs if they are long
+enough. Exits: greedy answers to
 the beginnings of the text's passages, under thresholds that let half of the tokens leave at each exit, and the share of
 tokens that leave where torch's do; a row is compared up to its first token that differs: then it is another text.
 """
@@ -89,16 +91,21 @@ def main(config: ExportedConfig) -> dict:
     full = ExitPolicy.full(model.num_exits)
     scores = answer(model, asked, full, config.new, batch_size=len(asked), probe=True)[1].scores
     policy = ExitPolicy(tuple(np.nanmedian(scores, axis=(0, 1)).tolist()))
-    theirs = [in_torch(model, row) for row in rows]
+    theirs, half = [in_torch(model, row) for row in rows], config.sequence_length // 2
     expected = answer(model, asked, policy, config.new, batch_size=len(asked))
-    found = {"torch": {"perplexity": perplexity(theirs, rows)}}
+    tails = [one[half:] for one in theirs]
+    found = {"torch": {"perplexity": perplexity(theirs, rows), "second_halves": perplexity(tails, rows[:, half:])}}
     print(found, flush=True)
     for precision in config.precisions:
         with tempfile.TemporaryDirectory() as work:
             folder = Folder(export(model, Path(work) / "out", precision, tokenizer))
             ours = [folder.runtime.logits(Session(folder.runtime, len(row)).prefill(row.tolist())) for row in rows]
+            behind = [behind_a_prompt(folder.runtime, row, half) for row in rows]
             exits = leaving(answer(folder, asked, policy, config.new, batch_size=len(asked)), expected)
         found[precision] = {"perplexity": perplexity(ours, rows), **likeness(ours, theirs), **exits}
+        found[precision]["second_halves"] = perplexity([one[half:] for one in ours], rows[:, half:])
+        ends = {"perplexity": perplexity(behind, rows[:, half:]), **likeness(behind, tails)}
+        found[precision]["behind_a_prompt"] = ends
         print({precision: found[precision]}, flush=True)
     document = {
         "provenance": provenance(),
@@ -115,6 +122,13 @@ def main(config: ExportedConfig) -> dict:
 def in_torch(model, row: np.ndarray) -> np.ndarray:
     """Returns torch's full-depth logits [tokens, vocabulary] of one sequence."""
     return model.view.model(input_ids=torch.from_numpy(row[None]), use_cache=False).logits[0].float().numpy()
+
+
+def behind_a_prompt(runtime, row: np.ndarray, half: int) -> np.ndarray:
+    """Returns full-depth logits [tokens, vocabulary] of a sequence's end behind its first `half` tokens as a prompt."""
+    session = Session(runtime, len(row))
+    session.prefill(row[:half].tolist(), keep=False)
+    return runtime.logits(session.prefill(row[half:].tolist()))
 
 
 def perplexity(logits: list[np.ndarray], rows: np.ndarray) -> float:

@@ -8,6 +8,8 @@ import pytest
 from conftest import VOCAB
 from test_export import made, tokenizer
 
+from adaptive import session
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,7 +19,8 @@ def exported():
     return conftest.script("eval/exported")
 
 
-def test_fp32_is_torch_and_int8_is_not_quite(exported, tmp_path):
+def test_fp32_is_torch_and_int8_is_not_quite(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "MANY", 16)
     model = made()
     model.backbone.save_pretrained(tmp_path / "model")
     words = tokenizer()
@@ -35,6 +38,9 @@ def test_fp32_is_torch_and_int8_is_not_quite(exported, tmp_path):
     torchs, fp32, int8 = (document["results"][name] for name in ("torch", "fp32", "int8"))
     assert fp32["perplexity"] == pytest.approx(torchs["perplexity"], rel=1e-4)
     assert fp32["same_exit"] == fp32["top_token_agrees"] == fp32["answers_alike"] == 1.0 and fp32["left_early"] > 0.2
+    assert fp32["behind_a_prompt"]["perplexity"] == pytest.approx(torchs["second_halves"], rel=1e-4)
+    assert fp32["behind_a_prompt"]["logit_difference_most"] < 1e-3
+    assert int8["behind_a_prompt"]["logit_difference_mean"] > int8["logit_difference_mean"], "7 bits are coarser"
     assert fp32["logit_difference_most"] < 1e-3 < int8["logit_difference_most"]
 
 
