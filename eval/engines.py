@@ -4,9 +4,9 @@
 
 Engines live in virtual environments of their own under `work`, which this script makes, and get the model in their own
 form: ONNX Runtime GenAI int4 (its builder), OpenVINO GenAI int4 (optimum-intel), llama.cpp Q4_0 and Q8_0 (requantized
-from the model's GGUF file), transformers bfloat16. An engine that cannot be installed here is named and left out.
-Beside the folder as it is, at full depth, two more are exported, with untrained exits at a third of the depth, to time
-what leaving there brings when half of the tokens do: with the whole vocabulary, and with a shortlist.
+from the GGUF file; if it ends with status -11, CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8), transformers bfloat16. What
+cannot be installed is named and left out. Three more folders, with untrained exits at a third of the depth, show what
+leaving brings when half of the tokens do: with the whole vocabulary, and with shortlists of 8,192 and 2,048 entries.
 """
 
 import sys
@@ -142,9 +142,9 @@ def size_mb(path: Path) -> float:
 def forced_folders(work: Path, config: EnginesConfig, precision: str) -> list[tuple[str, Path]]:
     """Returns (what it says, folder) of the exports with untrained exits at a third and two thirds of the depth."""
     out = []
-    kinds = {"whole vocabulary": {}, "8k shortlist": {"shortlist": 8192}}
+    kinds = {"whole vocabulary": {}, "8k shortlist": {"shortlist": 8192}, "2k shortlist": {"shortlist": 2048}}
     for name, extra in kinds.items():
-        path = work / f"third-{name.split()[-1]}-{precision}"
+        path = work / f"third-{name.replace(' ', '-')}-{precision}"
         if not path.exists():
             import torch
 
