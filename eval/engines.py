@@ -6,7 +6,7 @@ Engines live in virtual environments of their own under `work`, which this scrip
 form: ONNX Runtime GenAI int4 (its builder), OpenVINO GenAI int4 (optimum-intel), llama.cpp Q4_0 and Q8_0 (requantized
 from the GGUF file; if it ends with status -11: CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8), transformers bfloat16.
 What cannot be installed is named and left out. Three more folders, with untrained exits at a third of the depth, show
-what leaving brings when half of the tokens do: with the whole vocabulary and with shortlists of 8,192 and 2,048 entries.
+what leaving brings when half of the tokens do: the whole vocabulary, shortlists of 8,192 and 2,048 entries.
 """
 
 import sys
