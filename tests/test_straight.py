@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from adaptive.backbone import Backbone
 from adaptive.config import ExitConfig
 from adaptive.model import EarlyExitModel
+from adaptive.turned import few
 
 STRAIGHT = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -36,12 +37,20 @@ def test_the_bits_are_those_of_the_modules(family, threads, dtype, monkeypatch):
     model = EarlyExitModel.from_backbone(backbone, ExitConfig(depths=[1, 3], head="linear"))
     assert model.view.straightens and not runs_modules(model.view)
     # Said, not started: real ones take minutes where cores are busy. From two on, single states are turned.
+    monkeypatch.setattr("adaptive.turned.torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr("adaptive.turned.torch.get_num_threads", lambda: threads)
     out = generated(model)
     monkeypatch.setattr(model.view, "straightens", False)
     plain = generated(model)
     assert torch.equal(out.sequences, plain.sequences)
     assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+
+
+@pytest.mark.parametrize(("capability", "turns"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_products_are_turned_where_that_was_seen_to_be_faster(capability, turns, monkeypatch):
+    monkeypatch.setattr("adaptive.turned.torch.backends.cpu.get_cpu_capability", lambda: capability)
+    with torch.no_grad():
+        assert few(torch.zeros(3, 1, 8)) is turns
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "olmo2", "qwen3_moe"])
