@@ -1,8 +1,8 @@
 """Linear layers on a few states, the faster way round.
 
 A step of decoding multiplies a few states X by a large W. Which way round is faster depends on the CPU. Where torch
-says AVX2, X W^T is no faster on two threads than on one; W X^T is, and shares one reading of W; on one thread, too, it is
-faster for 2 to 5. For a single state W has to be cut into pieces, as a product with a vector is left to one thread.
+says AVX2, X W^T is no faster on two threads than on one; W X^T is, and shares one reading of W; on one thread, too, it
+is faster for 2 to 5. For a single state W has to be cut into pieces, as a product with a vector is left to one thread.
 Where it says AVX512, X W^T is the faster one throughout. The products of SmolLM2-135M's blocks, float32 (MKL), in ms
 for 1 to 8 states on one thread, and on two:
     AVX2, an EPYC    X W^T    41  68  78  77  82  79  90  82      41  62  73  70  60  58  63  63

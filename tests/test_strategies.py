@@ -200,7 +200,7 @@ def test_drafting_gives_up_where_it_does_not_pay():
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """On some CPUs linear layers on a few states are turned, from two threads on; real ones take minutes on busy cores."""
+    """On some CPUs layers are turned for few states, from two threads on; real ones take minutes on busy cores."""
     monkeypatch.setattr("adaptive.turned.torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr("adaptive.turned.torch.get_num_threads", lambda: 2)
 
