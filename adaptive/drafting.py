@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 # What a pass takes more as soon as it has several tokens. SmolLM2-135M on a CPU: 2 take 1.6 times as long as one, 3 to
-# 9 twice, 17 tokens 2.9 times. In float32, where `turned.py` helps, 4 take 1.3 times as long as one, and 8 twice; an
-# accelerator hardly notices.
+# 9 twice, 17 tokens 2.9 times. In float32, 4 take 1.3 times as long as one, and 8 twice, where `turned.py` turns
+# products; where it does not, 2 and 3 take 1.2 times, 4 to 8 1.8 times. An accelerator hardly notices.
 SEVERAL, SHARED = 1.0, 0.5
 LONGEST = 8  # drafts before the full model judges
 CREDIT = 1.0  # tokens at full depth that drafting may cost more than it has saved, before it is given up

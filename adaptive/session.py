@@ -129,7 +129,7 @@ class Session:
             raise ValueError(f"{len(ids)} more tokens do not fit: the session has room for {self.room}")
         many = not keep and len(ids) >= MANY and "prompt_0.onnx" in self.manifest["files"]
         out, kind = [], "prompt" if many else "segment"
-        loads = many and "prompt_0" not in self.runtime.graphs
+        again = many and "prompt_0" in self.runtime.graphs
         for start in range(0, len(ids), CHUNK):
             piece = ids[start : start + CHUNK]
             self._place(self.length + len(piece))
@@ -148,7 +148,7 @@ class Session:
             if keep:
                 out.append(found["normed"][0])
             del state, found
-        if loads:  # not behind every prompt: what is let go of takes the next one a sixth of its time to find again
+        if len(ids) > CHUNK and not again:  # once, where speed counts: it takes a sixth of a prompt to find again
             forget(self.runtime.graphs.folder)
         give_back()
         return np.concatenate(out) if keep else None

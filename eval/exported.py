@@ -5,9 +5,9 @@
 
 Full depth: perplexity, how often the likeliest token is torch's, and how far logits are apart; and the same for the
 second halves of the sequences behind the first ones as prompts, which folders read by other graphs if they are long
-enough. Exits: greedy answers to
-the beginnings of the text's passages, under thresholds that let half of the tokens leave at each exit, and the share of
-tokens that leave where torch's do; a row is compared up to its first token that differs: then it is another text.
+enough. Exits: greedy answers to the beginnings of the text's passages, under thresholds that let half of the tokens
+leave at each exit, and the share of tokens that leave where torch's do; a row is compared up to its first token that
+differs: then it is another text.
 """
 
 import sys

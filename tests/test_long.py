@@ -30,6 +30,14 @@ def test_products_are_sums_of_whole_numbers(tmp_path):
     assert np.corrcoef(found.ravel(), (x @ weight.T).ravel())[0, 1] > 0.999
 
 
+def test_halves_are_the_layer_cut_in_two():
+    rng = np.random.default_rng(0)
+    for bias in (None, rng.standard_normal(6)):
+        layer, x = Linear(rng.standard_normal((6, 4)), bias), rng.standard_normal((3, 4))
+        whole, *halves = (x @ part.weight.T + (0 if bias is None else part.bias) for part in (layer, *layer.halves()))
+        np.testing.assert_allclose(np.concatenate(halves, 1), whole)
+
+
 def read(runtime: Runtime, ids: list[int], keep: bool = False) -> np.ndarray:
     """K/V of a prompt, and the states that exits were left."""
     one = session.Session(runtime, len(ids) + 1)
@@ -49,9 +57,12 @@ def test_a_long_prompt_leaves_what_a_short_one_does(family, kind, tmp_path, monk
     monkeypatch.setattr(session, "forget", let_go.append)
     assert np.array_equal(read(runtimes["int8"], ids[:10]), read(runtimes["int8"], ids[:10], keep=True))
     assert not any("prompt_0" in runtime.graphs for runtime in runtimes.values())
+    let_go.clear()
     near = {name: np.corrcoef(read(runtime, ids), plain["fp32"])[0, 1] for name, runtime in runtimes.items()}
-    assert len(let_go) == 2, "only where graphs were made"
-    assert np.array_equal(read(runtimes["int4"], ids), read(runtimes["int4"], ids)) and len(let_go) == 2
+    assert len(let_go) == 3
+    let_go.clear()
+    assert np.array_equal(read(runtimes["int4"], ids), read(runtimes["int4"], ids)) and not let_go, "once, when loaded"
+    assert read(runtimes["fp32"], ids).any() and len(let_go) == 1, "every time, where they are decoded with"
     assert "prompt_0" in runtimes["int4"].graphs and "prompt_0" not in runtimes["fp32"].graphs
     assert near["fp32"] > 1 - 1e-6 and 0.99 < near["int8"] < 1 - 1e-6
     assert near["int4"] > np.corrcoef(plain["int4"], plain["fp32"])[0, 1], "finer than 4 bits"
