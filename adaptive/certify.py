@@ -19,7 +19,7 @@ from adaptive.choice import Aim, Request, choose, rehearse
 from adaptive.data import digest
 from adaptive.outcomes import Outcome, answer, observe
 from adaptive.policy import ExitPolicy
-from adaptive.prompts import Prompt, distinct, encode, unpadded
+from adaptive.prompts import Prompt, distinct, encode, is_ids, unpadded
 from adaptive.storage import model_digest
 from adaptive.survey import Survey, loss_per_prompt, survey
 
@@ -89,9 +89,7 @@ def calibrate(
 def _divide(model, prompts, selection, tokenizer, request: Request) -> tuple[list[list[int]], list[list[int]]]:
     """Returns the prompts, as ids, that choose and those that certify; all different."""
     asked = list(prompts) + ([] if selection is None or isinstance(selection, Survey) else list(selection))
-    if tokenizer is None and any(
-        isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)) for prompt in asked
-    ):
+    if tokenizer is None and any(hasattr(prompt, "__len__") and not is_ids(prompt) for prompt in asked):
         tokenizer = load_tokenizer(model)
     encoded = distinct(encode(prompts, tokenizer))
     order = np.random.default_rng(request.seed).permutation(len(encoded))

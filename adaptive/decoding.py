@@ -7,12 +7,14 @@ verified, the first is the full model's). What a step does is in `walk.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     StoppingCriteriaList,
     StopStringCriteria,
     SynthIDTextWatermarkLogitsProcessor,
@@ -98,16 +100,22 @@ def decode(
     return out
 
 
-def with_stop_strings(kwargs: dict) -> dict:
-    """Returns keyword arguments of `generate` in which `stop_strings` and the `tokenizer` that they need are a stopping
-    criterion: transformers loses the tokenizer on its way to a loop that is not its own."""
-    stops, tokenizer = kwargs.get("stop_strings"), kwargs.get("tokenizer")
+def with_stop_strings(kwargs: dict, default: GenerationConfig) -> dict:
+    """Returns keyword arguments of `generate` in which `stop_strings`, theirs or those of the generation config (the
+    model's is the `default`), and the `tokenizer` that they need are a stopping criterion: transformers loses the
+    tokenizer on its way to a loop that is not its own."""
+    given, tokenizer = kwargs.get("generation_config"), kwargs.get("tokenizer")
+    stops = kwargs.get("stop_strings") or (given or default).stop_strings
     if not stops or tokenizer is None:  # transformers says what is missing
         return kwargs
-    criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stops)])
-    return {name: value for name, value in kwargs.items() if name not in ("stop_strings", "tokenizer")} | {
-        "stopping_criteria": criteria
-    }
+    criteria = [*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stops)]
+    more: dict = {"stopping_criteria": StoppingCriteriaList(criteria)}
+    if given is None:
+        more["stop_strings"] = None  # stronger than the model's
+    else:
+        more["generation_config"] = copy.deepcopy(given)
+        more["generation_config"].stop_strings = None
+    return {name: value for name, value in kwargs.items() if name not in ("stop_strings", "tokenizer")} | more
 
 
 def _loop(
@@ -144,8 +152,7 @@ def _loop(
                 logits = widened(logits, walk.listed, again, backbone)
                 scores = processors(tokens.ids, logits.clone())
         chosen = pick(scores, sources, live)
-        if pad is not None:
-            chosen = torch.where(unfinished, chosen, pad.to(chosen.device))
+        chosen = torch.where(unfinished, chosen, 0 if pad is None else pad.to(chosen.device))
         tokens.append(chosen)
         all_scores += (scores,) if keep_scores else ()
         all_logits += (logits,) if keep_logits else ()

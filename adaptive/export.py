@@ -123,6 +123,8 @@ def _check(model, out: Path, precision: str) -> None:
     if out.exists() and (theirs := _theirs(out)):
         few = ", ".join(theirs[:5])
         problems.append(f"'{out}' holds something that was not exported ({few}); move it, or choose another folder")
+    if out.exists() and (os.path.ismount(out) or Path.cwd().is_relative_to(out.resolve())):
+        problems.append(f"'{out}' is the folder you are in, or a mounted one, which cannot be replaced; name one in it")
     try:
         recipes.require_known(model.view.config)
     except ValueError as error:

@@ -109,6 +109,7 @@ class EndOfRow(MultiTokenEOSCriteria):
     """Ends each row at its own stop sequence; the harness' criterion ends none before all have met theirs."""
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        self.done_tracker = [False] * len(input_ids)  # the loop remembers who has ended; drafts may be taken back
         super().__call__(input_ids, scores, **kwargs)
         return torch.tensor(self.done_tracker, device=input_ids.device)
 
@@ -171,9 +172,8 @@ class AdaptiveLM(HFLM):
         self.tallies: dict[str, dict[str, Tally]] = {name: defaultdict(Tally) for name in self.policies}
         self.oracles: dict[str, Tally] = defaultdict(Tally)
         self.examples: dict[str, dict[str, dict]] = {name: {} for name in self.policies}
-        self._task, self._known, self._looked_at = "", {}, defaultdict(int)
-        self._said: dict[tuple, dict[str, torch.Tensor]] = {}
-        self._timed: set[str] = set()
+        self._task, self._known, self._looked_at, self._turns = "", {}, defaultdict(int), defaultdict(int)
+        self._said, self._timed = {}, set()
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns the log-likelihood in nats of each continuation under the policy, and whether it is the greedy
@@ -253,8 +253,7 @@ class AdaptiveLM(HFLM):
                     for number, scored in enumerate(found)
                 ]
         for name, scored in zip(self.policies, found, strict=True):
-            tally = Tally.of(scored.trace, self._model.costs, int((scored.unlisted > 0).sum()))
-            self.tallies[name][self._task] += tally
+            self.tallies[name][self._task] += Tally.of(scored.trace, self._model.costs, int((scored.unlisted > 0).sum()))
 
     def _ask_oracle(self, texts: Sequence[Row]) -> None:
         texts = texts[: max(self.oracle_rows - self._looked_at[self._task], 0)]
@@ -271,7 +270,10 @@ class AdaptiveLM(HFLM):
             kwargs["do_sample"] = False
             kwargs.pop("temperature", None)
         rows = zip(context.tolist(), mask.sum(1).tolist())
-        key = (max_length, *stop, *sorted(map(str, kwargs.items())), *map(str, rows))
+        key = (self._task, max_length, *stop, *sorted(map(str, kwargs.items())), *map(str, rows))
+        if kwargs.get("do_sample"):  # asked again, it is another draw; every policy asks in the same order
+            self._turns[self.policy, key] += 1
+            key = (*key, self._turns[self.policy, key])
         if key not in self._said:
             # Drawn once per batch, as a run with one policy does: what is sampled is then the same.
             run = partial(self._generate, context, mask, stop, int(torch.randint(2**62, ())), kwargs)

@@ -287,7 +287,8 @@ class EarlyExitModel(nn.Module):
                     f"{list(self.depths)}); give one per exit"
                 )
         loop = partial(decode, model=self, policy=policy, kv=kv, probe=probe, seed=seed, streamer=streamer)
-        return self.backbone.generate(*args, custom_generate=loop, streamer=streamer, **with_stop_strings(kwargs))
+        kwargs = with_stop_strings(kwargs, self.generation_config)
+        return self.backbone.generate(*args, custom_generate=loop, streamer=streamer, **kwargs)
 
     def certify(self, certificate: Certificate) -> None:
         """Takes a certificate: its thresholds become the model's policy."""

@@ -94,7 +94,7 @@ class Walk:
         states.append(self.backbone.run(hidden, calls, depth, self.backbone.num_layers)[:, -1:])
         self._begin()
         # A first token that had to be verified would gain nothing by leaving: the full depth has run.
-        due = np.full(len(self.members), self.strategy == "verify")
+        due = np.full(len(self.members), self.strategy == "verify" and not self.probe)
         logits = self._descend(states[0], due, states)
         self.record.close(np.arange(len(tokens.ids)))
         return logits
@@ -108,7 +108,7 @@ class Walk:
         """
         self._part(live)
         # Tokens that wait would pile up in a row that has ended, so only `propagate` lets it walk along for a while.
-        alive = np.isin(self.members.lead, live)
+        alive = np.isin(np.arange(len(self.members)), self.members.home[live])
         if alive.sum() < len(alive) * (SHRINK if self.strategy == "propagate" else 1):
             self._shrink(np.flatnonzero(alive))
         logits = self._descend(self._begin(), np.zeros(len(self.members), bool) if due is None else due)
@@ -137,7 +137,7 @@ class Walk:
     def _part(self, live: np.ndarray) -> None:
         """Gives rows of the batch that have said different tokens K/V of their own."""
         self.members.settle(live)
-        if len(live) > np.isin(self.members.lead, live).sum():
+        if len(live) > len(np.unique(self.members.home[live])):
             said, homes = self.tokens.ids[:, -1].cpu().numpy(), self.members.home[live]
             parted = said[live] != said[self.members.lead[homes]]
             if parted.any():

@@ -107,8 +107,10 @@ def main(config: FolderSpeedConfig) -> dict:
              "of_ideal": round(speedup / float(ideal), 3)}
         )  # fmt: skip
         print(results[-1], flush=True)
+    made = provenance("onnxruntime")
+    made["machine"]["threads"] = config.threads or made["machine"]["cores"]  # of the folder's graphs, not torch's
     document = {
-        "provenance": provenance("onnxruntime"),
+        "provenance": made,
         "settings": asdict(config) | {"precision": runtime.manifest["precision"]},
         "results": results,
     }

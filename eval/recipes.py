@@ -61,7 +61,7 @@ from tqdm import tqdm
 from adaptive import ranking
 from adaptive.costs import Costs
 from adaptive.policy import ExitPolicy, Trace
-from adaptive.ranking import auc
+from adaptive.provenance import provenance
 from adaptive.runs import put, write_json
 
 SCORES = ("gate", "max_prob", "margin", "entropy", "similarity")
@@ -95,9 +95,9 @@ def main(config: RecipesConfig) -> list[dict]:
     of_line = [record for name in config.scaling for record in done if record["name"] == name]
     lines = scaled(of_line) if len(of_line) > 1 else []
     spaced = spacing(chosen, load_file(study / f"{chosen['name']}.safetensors"))
-    for name, found in (("screen", screen), ("scaling", lines), ("spacing", spaced)):
+    for name, found in (("screen", screen), ("scaling", lines and {"lines": lines}), ("spacing", spaced)):
         if found:
-            write_json(folder / f"{name}.json", found)
+            write_json(folder / f"{name}.json", found if name == "screen" else found | provenance())
     text = summary(done) + more(screen, lines, spaced)
     put(folder / "summary.md", lambda fresh: fresh.write_text(text))
     for name, picture in (("frontier", frontiers(done)), ("gates", gates(chosen)), ("tokens", over_tokens(lines))):
@@ -111,7 +111,7 @@ def about_exits(record: dict, found: dict) -> list[dict]:
     out = []
     for index, exit in enumerate(record["exits"]):
         fine = found["harm"][:, index] == 0
-        aucs = {name: auc(found[name][:, index], fine) for name in SCORES}
+        aucs = {name: ranking.auc(found[name][:, index], fine) for name in SCORES}
         right = {"agreement": float(found["agrees"][:, index].mean()), "no_harm": float(fine.mean())}
         out.append({"depth": exit["depth"], **right, "auc": aucs})
     return out

@@ -223,3 +223,11 @@ def test_penalties_of_the_generation_config_do_not_count_as_harm(model):
     model.generation_config.repetition_penalty = 1.5
     outcome = outcomes.observe(model, questions(4), ExitPolicy.full(2), NEW)
     assert np.nanmax(outcome.regret) < 1e-4
+
+
+def test_ids_may_be_arrays_and_loose_numbers_are_refused(model):
+    settings = dict(risk=0.9, delta=0.5, max_new_tokens=2, batch_size=8)
+    asked = [np.array(prompt) for prompt in questions(40)]
+    assert calibrate(model, asked, **settings) == calibrate(model, questions(40), **settings)
+    with pytest.raises(ValueError, match="a prompt is a string"):
+        calibrate(model, [1, 2, 3], **settings)

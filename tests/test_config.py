@@ -251,3 +251,10 @@ def test_configurations_that_are_shipped_are_sound(path):
     assert isinstance(values, dict) and not isinstance(values.get("exits"), str)
     if "exits" in values:
         assert build(TrainConfig, values, []).exits.depths == values["exits"]["depths"]
+
+
+@pytest.mark.parametrize("gate", ["max_prob", "margin", "entropy"])
+def test_a_shortlist_of_one_does_not_go_with_gates_that_compare(gate):
+    message = refused(ExitConfig, depths=[2], shortlist=1, gate=gate)
+    assert f"`gate` {gate!r} compares entries" in message
+    ExitConfig(depths=[2], shortlist=2, gate=gate)

@@ -230,6 +230,12 @@ def test_newer_formats_and_foreign_folders(folder, tmp_path, monkeypatch):
     full.mkdir()
     (full / "thesis.tex").write_text("years of work")
     (full / "manifest.json").write_text('{"files": [], "name": "another program"}')
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for inside in (".", "..", tmp_path):
+        with pytest.raises(ValueError, match="is the folder you are in"):
+            export(made(), inside, "fp32", tokenizer())
     with pytest.raises(ValueError, match="holds something that was not exported .manifest.json, thesis.tex.; move it"):
         export(made(), full, "fp32", tokenizer())
 

@@ -21,7 +21,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="comes with the extra `eval`")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from adaptive.harness import AdaptiveLM, policy_named, policy_names  # noqa: E402
+from adaptive.harness import AdaptiveLM, EndOfRow, policy_named, policy_names  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["choices", "words", "pages", "answers"]
@@ -185,6 +185,30 @@ def test_texts_of_policies_together_are_those_of_each_alone(place, monkeypatch, 
         assert ours.pop("tokens_per_second") > 0 and theirs.pop("tokens_per_second") > 0
         assert ours == theirs and together.examples[name] == alone.examples[name]
     assert len({str(answers) for answers in found.values()}) == 3
+
+
+def test_repeated_requests_are_drawn_anew(place):
+    lm = adaptive(place, "full;exit=1", batch_size=4)
+    ids = torch.arange(3, 8).repeat(4, 1)
+
+    def ask(policy):
+        lm.policy = policy
+        kwargs = {"do_sample": True, "temperature": 1.5, "attention_mask": torch.ones_like(ids)}
+        return [lm._model_generate(ids, 25, [], **kwargs) for _ in range(2)]
+
+    first, second = ask("full")
+    assert not torch.equal(first, second)
+    made = len(lm._said)
+    assert not any(map(torch.equal, ask("exit=1"), (first, second))) and len(lm._said) == made  # made with the others
+
+
+def test_a_stop_is_of_one_row_and_of_what_was_said(place):
+    tokenizer = adaptive(place, "full").tokenizer
+    stop = EndOfRow(tokenizer.decode([7]), tokenizer, 2, 2)
+    drafted, kept = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 9, 9]])
+    assert stop(drafted.repeat(2, 1), None).all()  # as "verify" asks, about a draft of one row
+    assert not stop(kept.repeat(2, 1), None).any()
+    assert stop(torch.cat([kept, drafted]), None).tolist() == [False, True]
 
 
 def test_policies_are_named_and_the_unknown_refused(place):

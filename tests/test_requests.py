@@ -183,3 +183,17 @@ def test_strings_stop_each_row(model, kv):
     wanted = model.backbone.generate(**settings)
     assert not torch.equal(wanted[:, -12:], free)
     assert torch.equal(model.generate(**settings, kv=kv, policy=thresholds if kv == "verify" else OFF), wanted)
+    config = transformers.GenerationConfig(stop_strings=stops, max_new_tokens=12, eos_token_id=1)
+    policy = thresholds if kv == "verify" else OFF
+    given = dict(**prompts(3), pad_token_id=0, do_sample=False, tokenizer=tokenizer, kv=kv, policy=policy)
+    assert torch.equal(model.generate(**given, generation_config=config), wanted)
+    assert config.stop_strings == stops
+
+
+@pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
+def test_a_row_that_ended_says_0_without_a_padding_token(kv):
+    model = with_exits("llama")
+    model.generation_config.pad_token_id = None
+    stop = transformers.StoppingCriteriaList([UpTo(11, 16, 16, 16)])
+    out = generate(model, prompts(4), policy=[0.5, 0.5], kv=kv, stopping_criteria=stop, max_new_tokens=7)
+    assert (out.sequences[0, 11:] == 0).all() and (out.sequences[1:, 11:] != 0).any()

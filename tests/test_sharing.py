@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import prompts
 from test_parity import with_exits
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from adaptive.kv import KV
 from adaptive.policy import BudgetPolicy, DecayingPolicy, ExitPolicy
@@ -113,3 +113,29 @@ def test_policies_that_do_not_fit_the_batch_are_refused():
         generate(model, inputs, policy=two, kv="verify")
     with pytest.raises(ValueError, match="has 1 thresholds, the model 2 exits"):
         generate(model, inputs, policy=[ExitPolicy((0.5,))] * 3)
+
+
+class Parts(LogitsProcessor):
+    """Makes four rows say the same, but for the last one at one place."""
+
+    def __call__(self, input_ids, scores):
+        said = torch.tensor([5, 5, 5, 7 if input_ids.shape[1] == 11 else 5])
+        return torch.full_like(scores, -math.inf).scatter(1, said[:, None], 0.0)
+
+
+class Ends(StoppingCriteria):
+    """Ends the first row at another length than the others."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= torch.tensor([11, 15, 15, 15])
+
+
+def test_a_row_of_kv_on_which_nobody_rides_keeps_no_others_together():
+    model, ids = with_exits("llama"), prompts(2)["input_ids"].repeat_interleave(2, 0)
+    full, early = ExitPolicy.full(2), ExitPolicy.always(0, 2)
+    settings = {"logits_processor": LogitsProcessorList([Parts()]), "stopping_criteria": StoppingCriteriaList([Ends()])}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    out = generate(model, inputs, policy=[full, early, full, full], **settings)
+    for row in (2, 3):  # the first row has ended where the second first left; these two part one token later
+        wanted = model.backbone(out.sequences[row : row + 1, :12]).logits[0, -1]
+        torch.testing.assert_close(out.logits[3][row], wanted, atol=1e-4, rtol=1e-4)

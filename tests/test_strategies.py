@@ -256,3 +256,10 @@ def test_random_requests_in_batches_are_those_alone(generous):
             assert torch.equal(alone.sequences[0, lengths[row] :], out.sequences[row, longest : longest + length])
             assert (alone.trace.taken[0] == out.trace.taken[row, :length]).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1.1 * resource_half
+
+
+def test_a_probe_asks_about_the_first_token_under_every_strategy():
+    model, inputs = with_exits("llama"), prompts(2)
+    found = [generate(model, inputs, probe=True, kv=kv).trace for kv in ("propagate", "recompute", "verify")]
+    assert all(np.array_equal(trace.regret, found[0].regret) for trace in found)
+    assert not np.isnan(found[0].regret).any()

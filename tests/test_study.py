@@ -181,7 +181,9 @@ def test_figures_follow_from_the_arrays(studied, tmp_path, monkeypatch):
     text = (tmp_path / "summary.md").read_text()
     assert text.count("| plain |") == 2 and text.count("| longer |") == 2 and "fixed list" in text
     assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("frontier", "gates", "tokens"))
-    lines = {line["figure"]: line for line in json.loads((tmp_path / "scaling.json").read_text())}
+    scaling = json.loads((tmp_path / "scaling.json").read_text())
+    lines = {line["figure"]: line for line in scaling["lines"]}
+    assert scaling["commit"] and scaling["machine"]["threads"]
     assert set(lines) == {f"no harm at {d}" for d in EXITS["depths"]} | {
         f"FLOPs {x}" for x in ("at harm 0.02", "under the oracle")
     }
