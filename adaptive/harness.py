@@ -252,8 +252,8 @@ class AdaptiveLM(HFLM):
                     (float(scored.stem[index] + scored.last[index][place]), said[number][place])
                     for number, scored in enumerate(found)
                 ]
-        for name, scored in zip(self.policies, found, strict=True):
-            self.tallies[name][self._task] += Tally.of(scored.trace, self._model.costs, int((scored.unlisted > 0).sum()))
+        for name, each in zip(self.policies, found, strict=True):
+            self.tallies[name][self._task] += Tally.of(each.trace, self._model.costs, int((each.unlisted > 0).sum()))
 
     def _ask_oracle(self, texts: Sequence[Row]) -> None:
         texts = texts[: max(self.oracle_rows - self._looked_at[self._task], 0)]
