@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def _row(path: Path) -> dict | None:
     given = given if isinstance(given, dict) else {}
     if path.name.startswith("adaptive_"):
         found = _load(path)
-    elif "policy" in given:
+    elif "policy" in given or own["config"].get("model") == "adaptive":
         raise ValueError(f"{side.name}, the other half of it, is missing")
     model = found.get("model") or given.get("pretrained") or own.get("model_name") or own["config"]["model"]
     where = found.get("provenance", {})
@@ -99,7 +100,7 @@ def _row(path: Path) -> dict | None:
         "commit": where.get("commit") or own.get("git_hash"),
         "machine": where.get("machine"),
         "versions": where.get("versions") or {"lm_eval": own.get("lm_eval_version")},
-        "date": str(where.get("date") or own.get("date", "")),
+        "date": where.get("date") or _iso(own.get("date")),
         "files": [str(path)],
     }  # fmt: skip
     if odd := [name for name, value in row.items() if not _finite(value)]:
@@ -169,8 +170,14 @@ def _compare(rows: list[dict]) -> None:
                     row["dominated"] = f"{other['model']} {other['policy']}"
 
 
+def _iso(seconds: float | None) -> str:
+    """Returns a point in time as lm-eval writes it, since 1970, in ISO 8601."""
+    return "" if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
 def _comparable(row: dict, other: dict) -> bool:
-    return row["backbone"] == other["backbone"] and row["tasks"].keys() == other["tasks"].keys()
+    same = row["tasks"].keys() == other["tasks"].keys() and row["documents"] == other["documents"]
+    return same and row["backbone"] == other["backbone"]
 
 
 def _point(row: dict) -> tuple[float, float] | None:

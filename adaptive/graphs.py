@@ -45,7 +45,8 @@ def borrowed_attention(graph: Graph, normed: str, block: Block, shape: Shape, sl
     if block.q_norm is not None:
         query = _per_head(graph, query, block.q_norm, shape.heads, shape.head_dim)
     tables = (f"cos_{block.rope}", f"sin_{block.rope}")
-    query = graph.node("RotaryEmbedding", query, "position", *tables, domain=MS, num_heads=shape.heads)
+    query = graph.node("RotaryEmbedding", query, "position", *tables, domain=MS, num_heads=shape.heads,
+                       rotary_embedding_dim=shape.turned if shape.turned < shape.head_dim else 0)  # fmt: skip
     own = [graph.input(f"{name}_now_{slot}", FLOAT, 1, 1, narrow) for name in ("key", "value")]
     return graph.linear(_attend(graph, [query, *own], block, shape, slot, turned=False), block.out)
 

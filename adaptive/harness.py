@@ -172,8 +172,8 @@ class AdaptiveLM(HFLM):
         self.tallies: dict[str, dict[str, Tally]] = {name: defaultdict(Tally) for name in self.policies}
         self.oracles: dict[str, Tally] = defaultdict(Tally)
         self.examples: dict[str, dict[str, dict]] = {name: {} for name in self.policies}
-        self._task, self._known, self._looked_at, self._turns = "", {}, defaultdict(int), defaultdict(int)
-        self._said, self._timed = {}, set()
+        self._task, self._known, self._looked_at = "", defaultdict(dict), defaultdict(int)  # by task, each
+        self._said, self._timed, self._turns = {}, set(), defaultdict(int)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns the log-likelihood in nats of each continuation under the policy, and whether it is the greedy
@@ -206,7 +206,7 @@ class AdaptiveLM(HFLM):
         share a row."""
         rows: dict[tuple, list[tuple]] = defaultdict(list)
         for request in dict.fromkeys((tuple(context), tuple(continuation)) for _, context, continuation in requests):
-            if request not in self._known:
+            if request not in self._known[self._task]:
                 context, continuation = request
                 context = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
                 rows[context, continuation[:-1]].append(request)
@@ -223,7 +223,7 @@ class AdaptiveLM(HFLM):
         bar.close()
         number, out = list(self.policies).index(self.policy), []
         for key, context, continuation in requests:
-            answer = self._known[tuple(context), tuple(continuation)][number]
+            answer = self._known[self._task][tuple(context), tuple(continuation)][number]
             out.append(answer)
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
@@ -248,7 +248,7 @@ class AdaptiveLM(HFLM):
         for index, (group, text) in enumerate(zip(requests, texts)):
             said = [scored.is_said(index, text) for scored in found]
             for place, request in enumerate(group):
-                self._known[request] = [
+                self._known[self._task][request] = [
                     (float(scored.stem[index] + scored.last[index][place]), said[number][place])
                     for number, scored in enumerate(found)
                 ]

@@ -67,8 +67,12 @@ def _filled() -> set[int]:
     partly free would take more memory than it does."""
     size, page, found = _huge(), mmap.PAGESIZE, set()
     maps = re.findall(r"^(\w+)-(\w+) rw-p \S+ 00:00 0 ", _read("/proc/self/maps"), re.MULTILINE) if size else []
-    if maps:
-        with open("/proc/self/pagemap", "rb", buffering=0) as table:
+    try:
+        table = open("/proc/self/pagemap", "rb", buffering=0) if maps else None
+    except OSError:  # a system that does not show it
+        table = None
+    if table is not None:
+        with table:
             for start, end in maps:
                 for place in range(-(-int(start, 16) // size) * size, int(end, 16) // size * size, size):
                     table.seek(place // page * 8)

@@ -37,6 +37,7 @@ class Writer:
         config = self.view.config
         self.shape = recipes.shape(config, self.view.blocks[0])
         self.ropes, self.rope_of = recipes.ropes(config, self.view.decoder)
+        self.shape.turned = 2 * len(self.ropes[0]["inverse"])
         self.bounds = sorted({*model.depths, self.view.num_layers})
         self.slots = self.view.num_layers
         self.smooth = Smooth(self.view, self.shape) if bits == BITS else None

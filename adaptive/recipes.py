@@ -88,6 +88,7 @@ class Shape:
     scale: float
     softcap: float
     act: str
+    turned: int = 0  # numbers of a head that the rotary step turns
 
 
 def require_known(config) -> None:

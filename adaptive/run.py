@@ -103,14 +103,15 @@ def answer(runtime, asked, args, loaded: float | None) -> str:
     """Prints the answer to a text or a conversation, as it comes; returns it."""
     ids = runtime.texts.encode(asked) if isinstance(asked, str) else runtime.texts.chat(asked)
     settings = dict(policy=args.policy, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    began, tokens, first = time.perf_counter(), [], 0.0
+    began, tokens, first, last = time.perf_counter(), [], 0.0, 0.0
     for token in runtime.generate(ids, args.max_new_tokens, **settings):
-        first = first or time.perf_counter() - began
+        last = time.perf_counter() - began  # what finds that the answer ends is no token
+        first = first or last
         tokens.append(token)
         if not args.json:
             print(token.text, end="", flush=True)
     text = "".join(token.text for token in tokens)
-    found = stats(runtime, tokens, len(ids), first, time.perf_counter() - began) if args.stats or args.json else {}
+    found = stats(runtime, tokens, len(ids), first, last) if args.stats or args.json else {}
     if args.json:
         found |= {"load_seconds": loaded, "policy": args.policy, "ids": [token.id for token in tokens]}
         print(json.dumps({"text": text, **found}), flush=True)

@@ -135,5 +135,18 @@ class Texts:
         """Returns a function that takes the ids of an answer one by one and returns what each adds to its text."""
         from tokenizers.decoders import DecodeStream
 
-        tokenizer, stream = self.tokenizer, DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(tokenizer, token) or ""
+        tokenizer, stream, held = self.tokenizer, DecodeStream(skip_special_tokens=True), []
+
+        def add(token: int) -> str:
+            nonlocal stream
+            held.append(token)
+            try:
+                text = stream.step(tokenizer, token)
+            except Exception:  # bytes that became no character take back the one before, which has been said
+                stream = DecodeStream(skip_special_tokens=True)
+                text = [stream.step(tokenizer, each) for each in held][-1]
+            if text:
+                held.clear()
+            return text or ""
+
+        return add

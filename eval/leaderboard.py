@@ -188,8 +188,10 @@ def for_the_hub(rows: list[dict], folder: Path) -> None:
     index = []
     for row in rows:
         found, entries = row["statistics"]["all"], []
-        notes = f"early exit, policy {row['policy']}, mean depth {found.get('mean_depth', 0):.2f} of {row['layers']}, "
-        notes += f"relative FLOPs {found.get('relative_flops', 1):.3f}"
+        notes = None
+        if "mean_depth" in found:
+            notes = f"early exit, policy {row['policy']}, mean depth {found['mean_depth']:.2f} of {row['layers']}, "
+            notes += f"relative FLOPs {found['relative_flops']:.3f}"
         for task, score in row["tasks"].items():
             data = row["data"].get(task) or task
             if "/" in data:

@@ -298,3 +298,11 @@ def test_the_command_line_counts_prompts(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             main(PARSER.parse_args(words))
+
+
+def test_borrowed_keys_where_a_part_of_each_head_is_turned(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPE, "head_dim", 32)
+    monkeypatch.setitem(SHAPE, "hidden_size", 128)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = made("phi3", "shared", rope_parameters=rope)
+    compare(model, Runtime.load(export(model, tmp_path / "out", "fp32", tokenizer()), threads=1), [0.5, 0.5])

@@ -187,6 +187,17 @@ def test_texts_of_policies_together_are_those_of_each_alone(place, monkeypatch, 
     assert len({str(answers) for answers in found.values()}) == 3
 
 
+def test_a_task_whose_requests_another_one_had_has_its_own_statistics(place):
+    both, alone = adaptive(place, "full;thresholds=0.5/0.5/0.5"), adaptive(place, "full;thresholds=0.5/0.5/0.5")
+    for lm, tasks in ((both, ["choices", "words"]), (alone, ["words"])):
+        for name in lm.policies:
+            lm.policy = name
+            evaluated(lm, place, tasks)
+    for name in both.policies:
+        ours, theirs = (lm.summaries(name)["tasks"].get("words") for lm in (both, alone))
+        assert ours == theirs
+
+
 def test_repeated_requests_are_drawn_anew(place):
     lm = adaptive(place, "full;exit=1", batch_size=4)
     ids = torch.arange(3, 8).repeat(4, 1)

@@ -181,3 +181,32 @@ def test_a_browser_draws_fifty_rows_of_eight_tasks_without_a_network(place, tmp_
     drawn = done.stdout.decode()
     assert drawn.count("<tr") == 51 and drawn.count("<circle") > 90 and drawn.count("<th ") == 17
     assert "polyline" in drawn and 'class="token"' in drawn and "Why &lt;/script&gt;" in drawn
+
+
+def plain(place, config, **values):
+    """Writes what lm-eval's own models leave behind."""
+    own = json.loads(next(place.glob("results_2*.json")).read_text()) | {"config": config} | values
+    (place / "results_plain.json").write_text(json.dumps(own))
+
+
+def test_a_plain_model_says_nothing_of_exits_to_the_hub(place, tmp_path):
+    plain(place, {"model": "hf", "model_args": {"pretrained": "tiny"}}, date=1764000000.1)
+    leaderboard = script("eval/leaderboard")
+    leaderboard.main(leaderboard.LeaderboardConfig([str(place)], str(tmp_path / "out")))
+    entry = yaml.safe_load((tmp_path / "out/hub/tiny/.eval_results/hf.yaml").read_text())[0]
+    assert entry["date"] == "2025-11-24T16:00:00Z" and "exit" not in entry.get("notes", "")
+
+
+@pytest.mark.parametrize("given", [{"pretrained": "runs/tiny"}, "pretrained=runs/tiny,policy=certified"])
+def test_exits_without_their_trace_are_no_full_depth(place, given):
+    plain(place, {"model": "adaptive", "model_args": given}, model_name="runs/tiny")
+    rows, problems = board.read([place])
+    assert len(rows) == 4 and len(problems) == 1 and "the other half of it, is missing" in problems[0]
+
+
+def test_rows_of_other_documents_are_not_compared(place):
+    results(place, "runs/tiny", "few", 0.5, 1.1)
+    path = sorted(place.glob("results_*.json"))[-1]
+    path.write_text(path.read_text().replace('"effective": 50', '"effective": 5'))
+    found = {row["policy"]: row for row in board.read([place])[0]}
+    assert found["few"]["average"] is None and not found["a"]["dominated"]

@@ -222,11 +222,11 @@ def test_differences_are_paired_over_prompts(studied, tmp_path):
 
 
 def test_auc_counts_pairs():
-    recipes, generator = script("eval/recipes"), np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     scores, true = generator.integers(0, 6, 50).astype(float), generator.random(50) < 0.4
     pairs = [(a > b) + (a == b) / 2 for a in scores[true] for b in scores[~true]]
-    assert recipes.auc(scores, true) == pytest.approx(np.mean(pairs))
-    assert recipes.auc(scores, np.ones(50, bool)) is None
+    assert ranking.auc(scores, true) == pytest.approx(np.mean(pairs))
+    assert ranking.auc(scores, np.ones(50, bool)) is None
 
 
 def test_a_line_is_found_again():
