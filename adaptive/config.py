@@ -63,6 +63,12 @@ class ExitConfig(Checked):
             found.append(f"`shortlist` is {self.shortlist}; `gate` {self.gate!r} compares entries: give it 2 at least")
         if self.head_kv == "shared" and "block" not in self.per_exit("head"):
             found.append(f"`head_kv` is 'shared' but `head` is {self.head!r}; only a 'block' head has keys and values")
+        shallow = [d for d, h in zip(self.depths, self.per_exit("head")) if h == "block" and d < self.layers]
+        if self.head_kv == "shared" and shallow:
+            found.append(
+                f"`layers` is {self.layers}; a block head with `head_kv` 'shared' at {shallow} `depths` finds keys and "
+                "values of no more blocks than that"
+            )
         return found
 
     def per_exit(self, name: str) -> list:

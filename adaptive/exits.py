@@ -43,6 +43,7 @@ class GatedMLP(nn.Module):
         if (
             norm is not None
             and not hasattr(source, "pre_feedforward_layernorm")
+            and not hasattr(source, "post_feedforward_layernorm")  # OLMo 2 and others norm what comes out instead
             and all(type(p) is nn.Linear for p in parts)
         ):
             self.norm, (self.gate, self.up, self.down) = norm, parts

@@ -45,6 +45,9 @@ def split_rows(rows: Rows, seed: int) -> tuple[Rows, Rows]:
     Raises:
         ValueError: there are not two rows.
     """
+    labelled = (rows["labels"][:, 1:] != -100).any(1)
+    if not labelled.all():  # a row that asks for nothing teaches nothing, and a batch of such has no mean
+        rows = take(rows, labelled)
     count, length = rows["input_ids"].shape
     if count < 2:
         raise ValueError(
@@ -92,10 +95,14 @@ def _read_texts(sources: list[str], model_id: str, length: int) -> np.ndarray:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(model_id))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {model_id} has no end-of-text token to put between texts; set `eos_token`")
+    puts_first = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    first = tokenizer.bos_token if puts_first else ""
 
     def render(messages: list[dict[str, str]]) -> str:
-        # The tokenizer puts the first token of a text there itself.
-        return tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(tokenizer.bos_token or "")
+        # Of a tokenizer that puts the first token of a text there itself; others (SmolLM2's) only name one.
+        return tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(first)
 
     texts = [text for source in sources for text in data.read_texts(source, render)]
     return data.pack(tokenizer(texts, verbose=False)["input_ids"], length, tokenizer.eos_token_id)

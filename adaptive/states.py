@@ -6,6 +6,7 @@ rows, and in every other run on them. A file holds one depth, so that runs with 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ def with_states(model, rows: Rows, folder: Path, batch_size: int = 8) -> Rows:
     Raises:
         OSError: they could not be written.
     """
-    key = data.digest((storage.digest(model.view.inner) + data.digest(rows)).encode())[:16]
+    settings = {k: v for k, v in model.view.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+    known = json.dumps(settings, sort_keys=True, default=str)
+    key = data.digest((storage.digest(model.view.inner) + known + data.digest(rows)).encode())[:16]
     names = [f"depth-{depth}" for depth in model.depths] + [f"final-{model.loss_config.top_k}"]
     paths = {name: Path(folder) / key / f"{name}.safetensors" for name in names}
     found = {name: loaded for name, path in paths.items() if (loaded := _read(path)) is not None}

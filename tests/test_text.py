@@ -124,3 +124,12 @@ def test_batches_of_other_weights_or_settings_lie_elsewhere(place):
     changed = [replace(settings, **{name: 3}) for name in ("prompt_tokens", "answer_tokens", "temperature", "seed")]
     keys = [text.key_of(one, tokenizer, values) for values in changed] + [text.key_of(other, tokenizer, settings)]
     assert len({key, *keys}) == 6
+
+
+def test_answers_are_without_the_penalties_that_a_model_ships_with(place):
+    folder, answers = place, []
+    for penalty in (1.0, 5.0):
+        settings = folder / "model" / "generation_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": penalty}))
+        answers.append(made(config(folder, f"penalty-{penalty}"))[0]["labels"].tolist())
+    assert answers[0] == answers[1]

@@ -338,3 +338,12 @@ def test_every_row_once_per_pass_in_an_order_of_its_own():
 def test_paces(exits):
     pace = [exits.pace_at(step, 80) for step in range(80)]
     assert pace[0] == pytest.approx(1 / 1.6) and max(pace) == pace[1] and 0 < pace[79] < 1e-3
+
+
+def test_rows_without_a_label_are_left_out(exits, place, tmp_path):
+    ids = torch.randint(3, VOCAB, (40, TOKENS), dtype=torch.int32)
+    labels = ids.clone()
+    labels[torch.arange(40) % 4 > 0] = -100
+    data.save_tokens(tmp_path / "rows.safetensors", {"input_ids": ids, "labels": labels})
+    made = {"data": [str(tmp_path / "rows.safetensors")], "batch_size": 1}
+    assert exits.main(configure(place, tmp_path / "run", **made))["step"] == 8

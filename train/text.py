@@ -210,7 +210,7 @@ def opening_of(tokenizer) -> list[int]:
     """Returns the ids that a chat begins with up to where the user's words go, or the first token of any text."""
     if tokenizer.chat_template is None:
         return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    mark = "\x1f"
+    mark = "\N{SNOWMAN}"  # no white space, which many templates trim
     text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     return tokenizer.encode(text[: text.index(mark)], add_special_tokens=False)
 
@@ -262,7 +262,15 @@ def sample(
         else {"do_sample": False}
     )
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new, seed=seed, return_dict_in_generate=True, **settings
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new,
+        seed=seed,
+        return_dict_in_generate=True,
+        # As in calibration: without the penalties some models ship with.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        **settings,
     )
     answers = out.sequences[:, ids.shape[1] :]
     return [answer[: int(length)].tolist() for answer, length in zip(answers, out.trace.valid.sum(1), strict=True)]
