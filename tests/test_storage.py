@@ -16,7 +16,7 @@ from adaptive import EarlyExitModel, ExitConfig, storage
 def test_what_is_saved_comes_back(head, kv, tmp_path):
     backbone = tiny("llama")
     backbone.save_pretrained(tmp_path / "backbone")
-    config = ExitConfig(depths=[1, 4], head=[head, "norm"], head_kv=kv, layers=2, shortlist=[None, 30], gate="mlp")
+    config = ExitConfig(depths=[2, 4], head=[head, "norm"], head_kv=kv, layers=2, shortlist=[None, 30], gate="mlp")
     model = EarlyExitModel.from_backbone(str(tmp_path / "backbone"), config)
     model.exits.choose_shortlists(torch.rand(VOCAB, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
