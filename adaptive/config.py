@@ -11,6 +11,7 @@ from adaptive.checked import Checked, ConfigError, build
 
 Head = Literal["norm", "linear", "mlp", "linear_mlp", "block"]
 Gate = Literal["linear", "mlp", "max_prob", "margin", "entropy", "similarity"]
+COMPARING = ("max_prob", "margin", "entropy")  # gates that read the logits of a head
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ExitConfig(Checked):
             found.append(f"`screen` is {self.screen} but no exit has a `shortlist` for it to pick; set one, e.g. 1024")
         if any(size is not None and size < 1 for size in self.per_exit("shortlist")):
             found.append(f"`shortlist` is {self.shortlist}; each must be at least 1 entry, or none for all entries")
-        if self.gate in ("max_prob", "margin", "entropy") and 1 in self.per_exit("shortlist"):
+        if self.gate in COMPARING and 1 in self.per_exit("shortlist"):
             found.append(f"`shortlist` is {self.shortlist}; `gate` {self.gate!r} compares entries: give it 2 at least")
         if self.head_kv == "shared" and "block" not in self.per_exit("head"):
             found.append(f"`head_kv` is 'shared' but `head` is {self.head!r}; only a 'block' head has keys and values")

@@ -7,7 +7,6 @@ verified, the first is the full model's). What a step does is in `walk.py`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,18 +103,14 @@ def with_stop_strings(kwargs: dict, default: GenerationConfig) -> dict:
     """Returns keyword arguments of `generate` in which `stop_strings`, theirs or those of the generation config (the
     model's is the `default`), and the `tokenizer` that they need are a stopping criterion: transformers loses the
     tokenizer on its way to a loop that is not its own."""
-    given, tokenizer = kwargs.get("generation_config"), kwargs.get("tokenizer")
-    stops = kwargs.get("stop_strings") or (given or default).stop_strings
+    tokenizer = kwargs.get("tokenizer")
+    configs = [config for config in (kwargs.get("generation_config"), default) if config is not None]
+    stops = kwargs.get("stop_strings") or next((found for config in configs if (found := config.stop_strings)), None)
     if not stops or tokenizer is None:  # transformers says what is missing
         return kwargs
     criteria = [*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stops)]
-    more: dict = {"stopping_criteria": StoppingCriteriaList(criteria)}
-    if given is None:
-        more["stop_strings"] = None  # stronger than the model's
-    else:
-        more["generation_config"] = copy.deepcopy(given)
-        more["generation_config"].stop_strings = None
-    return {name: value for name, value in kwargs.items() if name not in ("stop_strings", "tokenizer")} | more
+    rest = {name: value for name, value in kwargs.items() if name != "tokenizer"}
+    return rest | {"stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}  # stronger than configs'
 
 
 def _loop(

@@ -14,14 +14,14 @@ from transformers.activations import ACT2FN
 
 from adaptive.anatomy import linear_weights, plain_copy
 from adaptive.backbone import Backbone
-from adaptive.config import ExitConfig
+from adaptive.config import COMPARING, ExitConfig
 from adaptive.fills import Fill
 from adaptive.losses import prior_shift
 from adaptive.screen import Screen, exact_logits
 from adaptive.turned import turned
 
 ADAPTED = ("linear", "linear_mlp")  # heads with a low-rank residual adapter
-BASELINES = ("max_prob", "margin", "entropy", "similarity")
+BASELINES = (*COMPARING, "similarity")
 
 
 class GatedMLP(nn.Module):
@@ -141,7 +141,7 @@ class Gate(nn.Module):
     @property
     def reads_logits(self) -> bool:
         """Whether the head must be evaluated before the gate can be asked."""
-        return self.kind in ("max_prob", "margin", "entropy")
+        return self.kind in COMPARING
 
     def forward(self, state: Tensor) -> Tensor:
         """Returns the class-balanced logit [...] of a learned gate for states [..., hidden]."""

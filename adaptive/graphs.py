@@ -45,8 +45,7 @@ def borrowed_attention(graph: Graph, normed: str, block: Block, shape: Shape, sl
     if block.q_norm is not None:
         query = _per_head(graph, query, block.q_norm, shape.heads, shape.head_dim)
     tables = (f"cos_{block.rope}", f"sin_{block.rope}")
-    query = graph.node("RotaryEmbedding", query, "position", *tables, domain=MS, num_heads=shape.heads,
-                       rotary_embedding_dim=shape.turned if shape.turned < shape.head_dim else 0)  # fmt: skip
+    query = graph.node("RotaryEmbedding", query, "position", *tables, domain=MS, num_heads=shape.heads, **shape.rotary)
     own = [graph.input(f"{name}_now_{slot}", FLOAT, 1, 1, narrow) for name in ("key", "value")]
     return graph.linear(_attend(graph, [query, *own], block, shape, slot, turned=False), block.out)
 
@@ -230,7 +229,7 @@ def fill(path: Path, shape: Shape, bits: int, *filled) -> None:
     graph.save()
 
 
-def fill_outputs(graph: Graph, shape: Shape, blocks, turned: int, fitted: Linear | None) -> None:
+def fill_outputs(graph: Graph, shape: Shape, blocks, fitted: Linear | None) -> None:
     """Adds what projects one token's input `state` to the K/V of skipped blocks (CALM, Schuster et al. 2022, section
     3.2), all in one product: output `filled` [1, keys and then values of all blocks, kv heads * head dim].
 
@@ -242,7 +241,6 @@ def fill_outputs(graph: Graph, shape: Shape, blocks, turned: int, fitted: Linear
         graph: with its input `state`.
         shape: of all blocks.
         blocks: recipes of those that are skipped.
-        turned: numbers of a head that are turned.
         fitted: the map to all keys and then all values, in place of the blocks' own (`fills.Fill`).
     """
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -271,6 +269,5 @@ def fill_outputs(graph: Graph, shape: Shape, blocks, turned: int, fitted: Linear
     for name in ("cos", "sin"):
         graph.input(name, FLOAT, "all", "turned")
     graph.node("RotaryEmbedding", graph.reshape(packed, 1, 2 * len(ropes), narrow), "rows", "cos", "sin", domain=MS,
-               names=("filled",), num_heads=shape.kv_heads,
-               rotary_embedding_dim=turned if turned < shape.head_dim else 0)  # fmt: skip
+               names=("filled",), num_heads=shape.kv_heads, **shape.rotary)  # fmt: skip
     graph.output("filled", "filled", FLOAT, 1, 2 * len(ropes), narrow)

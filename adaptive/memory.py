@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,18 +67,13 @@ def _filled() -> set[int]:
     partly free would take more memory than it does."""
     size, page, found = _huge(), mmap.PAGESIZE, set()
     maps = re.findall(r"^(\w+)-(\w+) rw-p \S+ 00:00 0 ", _read("/proc/self/maps"), re.MULTILINE) if size else []
-    try:
-        table = open("/proc/self/pagemap", "rb", buffering=0) if maps else None
-    except OSError:  # a system that does not show it
-        table = None
-    if table is not None:
-        with table:
-            for start, end in maps:
-                for place in range(-(-int(start, 16) // size) * size, int(end, 16) // size * size, size):
-                    table.seek(place // page * 8)
-                    entries = np.frombuffer(table.read(size // page * 8), np.uint64)
-                    if np.count_nonzero(entries >> np.uint64(63)) > 0.9 * size / page:
-                        found.add(place)
+    with suppress(OSError), open("/proc/self/pagemap", "rb", buffering=0) as table:  # some systems do not show it
+        for start, end in maps:
+            for place in range(-(-int(start, 16) // size) * size, int(end, 16) // size * size, size):
+                table.seek(place // page * 8)
+                entries = np.frombuffer(table.read(size // page * 8), np.uint64)
+                if np.count_nonzero(entries >> np.uint64(63)) > 0.9 * size / page:
+                    found.add(place)
     return found
 
 

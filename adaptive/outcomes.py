@@ -12,6 +12,9 @@ from adaptive import losses
 from adaptive.policy import ExitPolicy, Trace
 from adaptive.prompts import left_pad
 
+# What the full model judges, and what exits learn from, is its own distribution, without what some models ship with.
+UNPENALIZED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
 
 @dataclass
 class Outcome:
@@ -60,9 +63,7 @@ def answer(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            # What the full model judges is its own distribution, without the penalties some models ship with.
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
+            **UNPENALIZED,
             pad_token_id=pad,
             policy=policy,
             probe=probe,

@@ -35,9 +35,8 @@ class Writer:
         self.model, self.view, self.folder, self.bits = model, model.view, folder, bits
         self.copies = {"segment": bits} | ({} if compact or bits == 32 else {"prompt": INTEGER})
         config = self.view.config
-        self.shape = recipes.shape(config, self.view.blocks[0])
         self.ropes, self.rope_of = recipes.ropes(config, self.view.decoder)
-        self.shape.turned = 2 * len(self.ropes[0]["inverse"])
+        self.shape = recipes.shape(config, self.view.blocks[0], 2 * len(self.ropes[0]["inverse"]))
         self.bounds = sorted({*model.depths, self.view.num_layers})
         self.slots = self.view.num_layers
         self.smooth = Smooth(self.view, self.shape) if bits == BITS else None
@@ -146,13 +145,12 @@ class Writer:
 
     def _filled(self, index: int) -> tuple:
         """Returns what `graphs.fill_outputs` needs of an exit."""
-        turned, fill = 2 * len(self.ropes[0]["inverse"]), self.model.exits.fills[index]
-        fitted = None
+        fill, fitted = self.model.exits.fills[index], None
         if fill is not None:
             weight, bias = (recipes.array(part.transpose(0, 1)) for part in (fill.weight, fill.bias))
             fitted = recipes.Linear(weight.reshape(-1, self.shape.hidden), bias.reshape(-1))
             fitted = fitted if self.smooth is None else self.smooth.fill(fitted, self.model.depths[index])
-        return self.blocks(self.model.depths[index], self.view.num_layers), turned, fitted
+        return self.blocks(self.model.depths[index], self.view.num_layers), fitted
 
     def _head(self, index: int, rows: recipes.Linear | None, filled: tuple | None) -> tuple[int | None, list[int]]:
         """Writes a head's graph; returns the first slot of its own K/V, if it has any, and the slots of the backbone's

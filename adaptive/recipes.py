@@ -79,16 +79,22 @@ class Block:
 
 @dataclass
 class Shape:
-    """What all blocks share: heads, the width of one, the factor on their scores, the soft cap of these (0: none)."""
+    """What all blocks share: heads, the width of one and how much of it is turned, the factor on their scores, the soft
+    cap of these (0: none)."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+    turned: int
     scale: float
     softcap: float
     act: str
-    turned: int = 0  # numbers of a head that the rotary step turns
+
+    @property
+    def rotary(self) -> dict[str, int]:
+        """What the rotary operator is told of a head; 0 where all of it is turned."""
+        return {"rotary_embedding_dim": self.turned if self.turned < self.head_dim else 0}
 
 
 def require_known(config) -> None:
@@ -126,8 +132,8 @@ def array(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.detach().float().cpu().numpy()
 
 
-def shape(config, block: nn.Module) -> Shape:
-    """Returns what all blocks share."""
+def shape(config, block: nn.Module, turned: int) -> Shape:
+    """Returns what all blocks share; `turned` numbers of a head are."""
     heads = config.num_attention_heads
     attention = block.self_attn
     return Shape(
@@ -135,6 +141,7 @@ def shape(config, block: nn.Module) -> Shape:
         heads,
         config.num_key_value_heads,
         attention.head_dim,
+        turned,
         float(attention.scaling),
         float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
         ACTIVATIONS[activation(config)],

@@ -138,6 +138,7 @@ class Texts:
         tokenizer, stream, held = self.tokenizer, DecodeStream(skip_special_tokens=True), []
 
         def add(token: int) -> str:
+            """Returns what one more id adds."""
             nonlocal stream
             held.append(token)
             try:

@@ -170,7 +170,7 @@ def test_gradient_checkpointing_in_training_mode_is_refused():
 
 
 @pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])
-def test_strings_stop_each_row(model, kv):
+def test_strings_stop_each_row(model, kv, monkeypatch):
     model, thresholds = model
     letters = "abcdef" + "".join(chr(0x4E00 + index) for index in range(VOCAB - 6))
     inner = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="a"))
@@ -188,6 +188,9 @@ def test_strings_stop_each_row(model, kv):
     given = dict(**prompts(3), pad_token_id=0, do_sample=False, tokenizer=tokenizer, kv=kv, policy=policy)
     assert torch.equal(model.generate(**given, generation_config=config), wanted)
     assert config.stop_strings == stops
+    own = model.generation_config
+    monkeypatch.setattr(own, "stop_strings", stops)
+    assert torch.equal(model.generate(**given, max_new_tokens=12, eos_token_id=1), wanted)
 
 
 @pytest.mark.parametrize("kv", ["propagate", "recompute", "verify"])

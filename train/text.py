@@ -83,6 +83,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adaptive.config import ExitConfig
 from adaptive.data import digest, load_tokens, read_texts, save_tokens
 from adaptive.model import EarlyExitModel
+from adaptive.outcomes import UNPENALIZED
 from adaptive.pretrained import resolve
 from adaptive.prompts import encode, left_pad
 from adaptive.rows import load_rows
@@ -256,21 +257,11 @@ def sample(
 ) -> list[list[int]]:
     """Returns what the model says after each prompt, the end of the turn included if it came to one."""
     ids, mask = left_pad(prompts, tokenizer.pad_token_id or 0, model.device)
-    settings = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
+    settings = UNPENALIZED | {"do_sample": bool(temperature)}
+    if temperature:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=new,
-        seed=seed,
-        return_dict_in_generate=True,
-        # As in calibration: without the penalties some models ship with.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        **settings,
+        input_ids=ids, attention_mask=mask, max_new_tokens=new, seed=seed, return_dict_in_generate=True, **settings
     )
     answers = out.sequences[:, ids.shape[1] :]
     return [answer[: int(length)].tolist() for answer, length in zip(answers, out.trace.valid.sum(1), strict=True)]
